@@ -1,0 +1,42 @@
+# make pretrain | test | bench | check | format | clean: each sets up .venv and builds csrc/ when needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+CONFIG ?= examples/tiny_deepseek.yaml
+RESUME ?=
+ARGS ?=
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: pretrain test bench check format clean
+
+# The package list is installed when it changes, the extension is built when a source changes.
+.venv/packages: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/built: .venv/packages setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+pretrain: .venv/built
+	$(BIN)/ep-megatron pretrain --config $(CONFIG) $(if $(RESUME),--resume) $(ARGS)
+
+test: check
+	$(BIN)/pytest $(ARGS)
+
+bench: .venv/built
+	$(BIN)/ep-megatron bench $(ARGS)
+
+check: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/mypy
+
+format: .venv/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+clean:
+	rm -rf .venv build *.egg-info ep_megatron/*.so

@@ -1,0 +1,1 @@
+"""How rows travel: one module per transport, one protocol."""

@@ -1,0 +1,62 @@
+"""Run a function on several ranks, in a pool of processes per rank count that all tests share."""
+
+import functools
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), num_ranks, rank)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((function(rank, *args), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+
+
+@functools.cache
+def _pool(num_ranks: int) -> list[Connection]:
+    context, store = mp.get_context("spawn"), tempfile.mkdtemp(prefix="ep_ranks_") + "/store"
+    pipes = [context.Pipe() for _ in range(num_ranks)]
+    for rank, (_, theirs) in enumerate(pipes):
+        args = (rank, num_ranks, store, theirs)
+        context.Process(target=_serve, args=args, daemon=True).start()
+        theirs.close()
+    return [ours for ours, _ in pipes]
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return `function(rank, *args)` of every rank; fail with the traceback of each that raised.
+
+    The ranks share a gloo process group (`dist.group.WORLD`) that lives as long as the pool, so
+    `function` must leave every rank after the same collective calls.
+    """
+    pool = _pool(num_ranks)
+    for pipe in pool:
+        pipe.send((function, args))
+    answers = [_answer(pipe) for pipe in pool]
+    errors = [f"rank {r} of {num_ranks}:\n{error}" for r, (_, error) in enumerate(answers) if error]
+    if errors:
+        _pool.cache_clear()  # its ranks no longer agree on what was sent
+        raise AssertionError("\n".join(errors))
+    return [result for result, _ in answers]
+
+
+def _answer(pipe: Connection) -> tuple[Any, str | None]:
+    try:
+        return pipe.recv() if pipe.poll(120) else (None, "no answer within 120 s")
+    except EOFError:
+        return None, "the process ended"
