@@ -1,0 +1,175 @@
+"""The contract of a backend, and how ranks find out that they disagree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ep_megatron.handle import DispatchHandle
+
+DTYPES = (
+    None,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+)
+OPERATIONS = ("dispatch", "cached dispatch", "combine")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What travels: a row per token, with what belongs to it.
+
+    Attributes:
+        x: `[N, H]`, any dtype whose row is a multiple of 16 bytes.
+        scales: `[N, S]` of a 4-byte dtype, for rows quantised by the caller.
+        topk_weights: `[N, K]` float32 or float64 (received expert-major rows: `[N]`).
+        topk_idx: only on received rows: `[N, K]` local expert of each slot, or -1.
+    """
+
+    x: Tensor
+    scales: Tensor | None = None
+    topk_weights: Tensor | None = None
+    topk_idx: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the rows are sent by: `topk_idx [T, K]` in `[-1, num_experts)`, and the row order."""
+
+    topk_idx: Tensor
+    num_experts: int
+    expand: bool = False
+    expert_alignment: int = 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all ranks must agree on before a row moves; compared field by field."""
+
+    operation: int
+    dtype: int
+    hidden: int
+    scales: int = 0
+    weights_dtype: int = 0
+    idx_dtype: int = 0
+    num_topk: int = 0
+    num_experts: int = 0
+    expand: int = 0
+    expert_alignment: int = 0
+    plan_id: int = 0
+
+    @staticmethod
+    def of(operation: str, rows: Rows, routing: Routing | DispatchHandle) -> "Call":
+        """Describe this rank's call."""
+        is_fresh = isinstance(routing, Routing)
+        return Call(
+            operation=OPERATIONS.index(operation),
+            dtype=DTYPES.index(rows.x.dtype),
+            hidden=rows.x.shape[1],
+            scales=0 if rows.scales is None else rows.scales.shape[1],
+            weights_dtype=0 if rows.topk_weights is None else DTYPES.index(rows.topk_weights.dtype),
+            idx_dtype=DTYPES.index(routing.topk_idx.dtype) if is_fresh else 0,
+            num_topk=routing.topk_idx.shape[1] if is_fresh else routing.num_topk,
+            num_experts=routing.num_experts,
+            expand=int(routing.expand),
+            expert_alignment=routing.expert_alignment,
+            plan_id=0 if is_fresh else routing.plan_id,
+        )
+
+    def numbers(self) -> list[int]:
+        """Return the fields in order."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+NUM_CALL_FIELDS = len(fields(Call))
+_DESCRIPTIONS = {
+    "operation": "the operation",
+    "dtype": "the dtype of x",
+    "scales": "the number of scales per token",
+    "weights_dtype": "the dtype of topk_weights",
+    "idx_dtype": "the dtype of topk_idx",
+    "plan_id": "the handle (number of the dispatch that made it)",
+}
+
+
+@dataclass(frozen=True)
+class PeerReport:
+    """One rank's word on a call: what it does, or why it cannot."""
+
+    call: Sequence[int]
+    error: str = field(default="")
+
+
+def check_agreement(operation: str, reports: Sequence[PeerReport]) -> None:
+    """Raise the same ValueError on every rank if one of them failed or they do not agree.
+
+    Args:
+        operation: this rank's operation, for the message.
+        reports: one per rank, in rank order.
+    """
+    failed = [f"rank {rank}: {r.error}" for rank, r in enumerate(reports) if r.error]
+    if failed:
+        raise ValueError(f"{operation}: no rank went on because of " + "; ".join(failed))
+    for index, name in enumerate(f.name for f in fields(Call)):
+        values = [_readable(name, report.call[index]) for report in reports]
+        if len(set(values)) > 1:
+            groups = (
+                f"{value} on rank {', '.join(str(r) for r, v in enumerate(values) if v == value)}"
+                for value in dict.fromkeys(values)
+            )
+            what = _DESCRIPTIONS.get(name, name)
+            raise ValueError(
+                f"{operation}: expected {what} to be the same on all ranks, got "
+                + " and ".join(groups)
+            )
+
+
+def _readable(name: str, value: int) -> str:
+    if name == "operation":
+        return OPERATIONS[value]
+    if name.endswith("dtype"):
+        return str(DTYPES[value]).removeprefix("torch.")
+    if name == "expand":
+        return str(bool(value))
+    return str(value)
+
+
+class Backend(Protocol):
+    """How rows travel between the ranks of one group.
+
+    All methods but `close` are collective. Arguments have been checked on this rank (`arguments`);
+    a rank whose check failed calls `fail` in place of the operation, so that the others hear of it.
+    """
+
+    name: str
+    rank: int
+    num_ranks: int
+
+    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
+        """Plan the routing and send every row to where its experts are."""
+
+    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
+        """Send other rows along the routing of an earlier dispatch."""
+
+    def combine(
+        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring rows (and weights) back to their tokens and sum them.
+
+        The sum is in float32 (float64 for float64 rows): the biases, then rank after rank in
+        ascending order, each rank's rows summed in slot order first; rounded once.
+        """
+
+    def fail(self, operation: str, error: str) -> None:
+        """Tell the other ranks, who are in the same call, why this one cannot take part."""
+
+    def close(self) -> None:
+        """Free what the backend holds. Local; received tensors stay valid."""

@@ -1,0 +1,124 @@
+"""Small fixed-size messages between all ranks, with a deadline that names who is late.
+
+What every backend needs before rows move: to set itself up, and to find out that ranks disagree.
+"""
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_megatron.backends.base import (
+    NUM_CALL_FIELDS,
+    Call,
+    PeerReport,
+    check_agreement,
+)
+
+MAX_ERROR_BYTES = 512
+
+
+class Meeting:
+    """Exchanges messages of equal size between the ranks of one group over gloo.
+
+    Point to point, so that a rank knows which peer it is missing. Collective constructor: a group
+    without a CPU backend gets a gloo group of the same ranks beside it.
+
+    Args:
+        group: the ranks.
+        timeout: seconds to wait for the others in one exchange.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.timeout = timeout
+        self._ranks = dist.get_process_group_ranks(group)
+        if _has_gloo(group):
+            self._group = group
+        else:
+            self._group = dist.new_group(
+                self._ranks, backend="gloo", use_local_synchronization=True
+            )
+
+    def exchange(self, operation: str, message: Tensor) -> Tensor:
+        """Send `message` to every rank; return `[R, *message.shape]`.
+
+        Collective. Args: `message`: a contiguous CPU tensor, same shape and dtype on all ranks.
+
+        Raises:
+            RuntimeError: naming the ranks that did not answer before the deadline.
+        """
+        received = message.new_empty(self.num_ranks, *message.shape)
+        received[self.rank] = message
+        peers = [p for p in range(self.num_ranks) if p != self.rank]
+        deadline = time.monotonic() + self.timeout
+        late: dict[int, str] = {}
+        works = []
+        for post, tensors in ((dist.irecv, received), (dist.isend, None)):
+            for peer in peers:
+                tensor = message if tensors is None else tensors[peer]
+                try:
+                    works.append((peer, post(tensor, self._ranks[peer], group=self._group)))
+                except RuntimeError as error:  # the connection is gone already
+                    late[peer] = str(error)
+        for peer, work in works:
+            if peer in late or work is None:
+                continue
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                work.wait(timedelta(seconds=left))
+            except RuntimeError as error:
+                late[peer] = str(error)
+        if late:
+            reasons = "; ".join(f"rank {r}: {late[r].splitlines()[0][:200]}" for r in sorted(late))
+            raise RuntimeError(
+                f"{operation}: rank {self.rank} expected all {self.num_ranks} ranks within "
+                f"{self.timeout:g} s, got no answer from rank {', '.join(map(str, sorted(late)))} "
+                f"({reasons}); did it stop, or is it in another call? "
+                "This Buffer and its process group cannot go on"
+            )
+        return received
+
+    def agree(self, operation: str, call: Call | None, error: str = "") -> None:
+        """Raise on every rank unless all make the same call and none reports an error.
+
+        Collective.
+
+        Args:
+            operation: one of `OPERATIONS`, or another word for the message.
+            call: this rank's call; None when it reports an error.
+            error: why this rank cannot take part.
+        """
+        numbers = [0] * NUM_CALL_FIELDS if call is None else call.numbers()
+        text = error.encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
+        message = torch.tensor(numbers, dtype=torch.int64).view(torch.uint8)
+        message = torch.cat([message, torch.frombuffer(bytearray(text), dtype=torch.uint8)])
+        answers = self.exchange(operation, message)
+        split = 8 * NUM_CALL_FIELDS
+        reports = [
+            PeerReport(
+                answer[:split].clone().view(torch.int64).tolist(),
+                bytes(answer[split:].tolist()).rstrip(b"\0").decode(errors="replace"),
+            )
+            for answer in answers
+        ]
+        check_agreement(operation, reports)
+
+    def gather_text(self, operation: str, text: str, num_bytes: int = 256) -> Sequence[str]:
+        """Return every rank's `text`, of at most `num_bytes` bytes. Collective."""
+        data = text.encode()
+        if len(data) > num_bytes:
+            raise ValueError(f"{operation}: expected at most {num_bytes} bytes, got {len(data)}")
+        message = torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
+        answers = self.exchange(operation, message)
+        return [bytes(a.tolist()).rstrip(b"\0").decode() for a in answers]
+
+
+def _has_gloo(group: dist.ProcessGroup) -> bool:
+    try:
+        return bool(group._get_backend(torch.device("cpu")).name() == "gloo")
+    except RuntimeError:
+        return False

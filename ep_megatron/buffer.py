@@ -1,0 +1,318 @@
+"""Buffer: dispatch and combine with DeepEP's names, over any backend.
+
+Source: argument names, defaults and meanings follow DeepEP's `Buffer` (MIT), so that code written
+for it runs; what goes beyond it is keyword-only.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_megatron import backends, layout
+from ep_megatron.arguments import check_topk_idx, combine_rows, dispatch_rows
+from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.config import BufferConfig
+from ep_megatron.handle import DispatchHandle
+from ep_megatron.streams import EventHandle, EventOverlap
+
+_Checked = TypeVar("_Checked")
+LayoutResult = tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]
+
+
+class Buffer:
+    """Dispatch and combine for the ranks of one process group.
+
+    Collective constructor. One Buffer serves any number of layers and micro-batches at a time:
+    what a dispatch leaves for its combine is in the handle. On a CPU every call has finished when
+    it returns; it releases the GIL while it waits and moves rows, and hears Ctrl-C. Calls of one
+    Buffer must come in the same order on all ranks. Bad arguments on one rank raise a ValueError
+    on every rank, and the Buffer stays usable; a rank that stops raises a RuntimeError that names
+    it on the others, within `config.timeout`.
+
+    Args:
+        group: the expert-parallel ranks; any size from 1 up.
+        num_nvl_bytes: bytes made ready at the start; on a CPU the first size of the shared-memory
+            arena, which grows when needed (0: `config.initial_bytes`).
+        num_rdma_bytes: accepted; nothing here needs it yet.
+        low_latency_mode: must be False; the low-latency verbs are not there yet.
+        num_qps_per_rank: accepted; a setting of RDMA.
+        explicitly_destroy: accepted; `destroy` is never needed for a clean exit.
+        backend: short for `config=BufferConfig(backend=...)`.
+        config: resources and limits.
+
+    Raises:
+        ValueError: if the backend cannot serve this group.
+        NotImplementedError: for `low_latency_mode`.
+    """
+
+    num_sms: int = 20
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        explicitly_destroy: bool = False,
+        *,
+        backend: str | None = None,
+        config: BufferConfig | None = None,
+    ) -> None:
+        if low_latency_mode:
+            raise NotImplementedError(
+                "Buffer: expected low_latency_mode to be False, got True; the low-latency verbs "
+                "are not there yet"
+            )
+        self.config = backends.resolve(config, backend=backend, initial_bytes=num_nvl_bytes)
+        self.group = group
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
+        self._backend: Backend = backends.choose(group, self.config)
+        self.rank, self.group_size = self._backend.rank, self._backend.num_ranks
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    def destroy(self) -> None:
+        """Free the Buffer's memory now. Local; tensors received through it stay valid."""
+        self._backend.close()
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """Return an event for the work that the current stream holds now."""
+        return EventOverlap(EventHandle())
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> LayoutResult:
+        """Count where this rank's tokens go.
+
+        Local: no other rank takes part.
+
+        Args:
+            topk_idx: `[T, K]` int64 or int32 in `[0, num_experts)`, or -1 where a slot is unused.
+            num_experts: experts on all ranks.
+            previous_event: waited for first.
+            async_finish: whether to return an event.
+            allocate_on_comm_stream: accepted, as everything is allocated where it is used.
+
+        Returns:
+            num_tokens_per_rank: `[R]` int32; a token with several experts on a rank counts once.
+            num_tokens_per_rdma_rank: None; ranks are not grouped by node.
+            num_tokens_per_expert: `[E]` int32.
+            is_token_in_rank: `[T, R]` bool.
+            event: complete when the four are.
+        """
+        _wait(previous_event)
+        topk_idx = check_topk_idx("get_dispatch_layout", topk_idx, num_experts, self.group_size)
+        counts = layout.count_tokens(topk_idx, num_experts, self.group_size)
+        return (
+            counts.num_tokens_per_rank,
+            None,
+            counts.num_tokens_per_expert,
+            counts.is_token_in_rank,
+            _event(async_finish),
+        )
+
+    def dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        handle: DispatchHandle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Any = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        num_experts: int | None = None,
+        expand: bool = False,
+    ) -> tuple[
+        Tensor | tuple[Tensor, Tensor],
+        Tensor | None,
+        Tensor | None,
+        list[int] | None,
+        DispatchHandle | None,
+        EventOverlap,
+    ]:
+        """Send every token to the ranks that hold its experts.
+
+        Collective. Not differentiable: see `ep_megatron.autograd.fused_dispatch`. Received tensors
+        belong to the caller; on the shared-memory backend they may be views of the arena, whose
+        memory returns to it with the last view.
+
+        Args:
+            x: `[T, H]` of any dtype with rows of a multiple of 16 bytes, or `(x, x_scales)`: rows
+                of a 1-byte dtype with `[T, S]` float32 or int32 scales that travel along. T may
+                differ between ranks, and may be 0.
+            handle: of an earlier dispatch: `x` goes the same way, and nothing is counted again.
+            num_tokens_per_rank: accepted as DeepEP's callers pass it; counted from `topk_idx`.
+            num_tokens_per_rdma_rank: likewise.
+            is_token_in_rank: likewise.
+            num_tokens_per_expert: `[E]`; its length is the number of experts.
+            topk_idx: `[T, K]` int64 or int32, -1 where a slot is unused; required without `handle`.
+            topk_weights: `[T, K]` float32 or float64; travels with the rows.
+            expert_alignment: counts (and with `expand` blocks of rows) are rounded up to it.
+            num_worst_tokens: must be 0; a fixed capacity is not there yet.
+            config: accepted; the protocol has no chunk sizes to tune.
+            previous_event: waited for first.
+            async_finish: whether to return an event.
+            allocate_on_comm_stream: accepted, as everything is allocated where it is used.
+            num_experts: instead of `num_tokens_per_expert`.
+            expand: rows arrive expert-major, one per (token, local expert), each expert's block
+                padded with zero rows to `expert_alignment`.
+
+        Returns:
+            recv_x: `[M, H]`, one row per token that has an expert here, by source rank, then token;
+                with `expand` `[N, H]`, by local expert, then source rank, token and slot. A pair
+                with `recv_scales` where `x` was one.
+            recv_topk_idx: `[M, K]` local experts, -1 where an expert is elsewhere; None with
+                `expand` or `handle`.
+            recv_topk_weights: `[M, K]`, 0 where an expert is elsewhere; with `expand` `[N]`.
+            num_recv_tokens_per_expert_list: rows per local expert, rounded up; None with `handle`.
+            handle: for `combine` and later dispatches; None with `handle`.
+            event: complete when the rows are there.
+
+        Raises:
+            ValueError: on every rank, if an argument of one is not as above or ranks disagree.
+            RuntimeError: if a rank stopped or did not come in time.
+            NotImplementedError: for `num_worst_tokens`.
+        """
+        _wait(previous_event)
+        if num_worst_tokens:
+            raise NotImplementedError(
+                "dispatch: expected num_worst_tokens to be 0, got "
+                f"{num_worst_tokens}; a fixed capacity is not there yet"
+            )
+        if handle is not None:
+            return self._dispatch_again(x, topk_idx, topk_weights, handle, async_finish)
+
+        def check() -> tuple[Rows, Routing | DispatchHandle]:
+            experts = num_experts
+            if experts is None and num_tokens_per_expert is not None:
+                experts = len(num_tokens_per_expert)
+            if topk_idx is None or experts is None:
+                missing = "topk_idx" if topk_idx is None else "num_tokens_per_expert"
+                raise ValueError(f"dispatch: expected {missing} or a handle, got None")
+            routing = Routing(topk_idx, experts, expand, expert_alignment)
+            return dispatch_rows("dispatch", x, topk_weights, routing, self.group_size)
+
+        rows, routing = self._checked("dispatch", check)
+        assert isinstance(routing, Routing)
+        received, new_handle = self._backend.dispatch(rows, routing)
+        return (
+            _with_scales(received),
+            received.topk_idx,
+            received.topk_weights,
+            list(new_handle.num_recv_tokens_per_expert),
+            new_handle,
+            _event(async_finish),
+        )
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: DispatchHandle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, ...] | None = None,
+        config: Any = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Bring rows back to their tokens and sum them, unweighted.
+
+        Collective. Not differentiable: see `ep_megatron.autograd.fused_combine`. `x` is read before
+        the call returns.
+
+        Args:
+            x: `[M, H]` (`[N, H]` with an expert-major handle), bfloat16, float16, float32 or
+                float64, rows in the order in which dispatch delivered them.
+            handle: of the dispatch that brought the rows, or of any with the same routing.
+            topk_weights: `[M, K]` (`[N]`) float32 or float64, summed over ranks likewise.
+            bias: one or two `[T, H]` tensors the sum starts from.
+            config: accepted, see `dispatch`.
+            previous_event: waited for first.
+            async_finish: whether to return an event.
+            allocate_on_comm_stream: accepted, see `dispatch`.
+
+        Returns:
+            combined_x: `[T, H]`, dtype of `x`. Summed in float32 (float64 for float64): the biases,
+                then rank after rank in ascending order, each rank's rows in slot order first;
+                rounded once. A token without a destination gets its biases, or zeros.
+            combined_topk_weights: `[T, K]`, or None without `topk_weights`.
+            event: complete when both are.
+
+        Raises:
+            ValueError: on every rank, if an argument of one is not as above or ranks disagree.
+            RuntimeError: if a rank stopped or did not come in time.
+        """
+        _wait(previous_event)
+        biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
+        rows, checked_biases = self._checked(
+            "combine",
+            lambda: combine_rows("combine", x, topk_weights, biases, handle, self.group_size),
+        )
+        combined_x, combined_weights = self._backend.combine(rows, handle, checked_biases)
+        return combined_x, combined_weights, _event(async_finish)
+
+    def _dispatch_again(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        handle: DispatchHandle,
+        async_finish: bool,
+    ) -> tuple[Any, None, Tensor | None, None, None, EventOverlap]:
+        operation = "cached dispatch"
+
+        def check() -> tuple[Rows, Routing | DispatchHandle]:
+            if topk_idx is not None:
+                raise ValueError(
+                    "cached dispatch: expected topk_idx to be None, got a tensor; the handle "
+                    "holds the routing"
+                )
+            return dispatch_rows(operation, x, topk_weights, handle, self.group_size)
+
+        rows, _ = self._checked(operation, check)
+        received = self._backend.dispatch_again(rows, handle)
+        weights = received.topk_weights
+        return _with_scales(received), None, weights, None, None, _event(async_finish)
+
+    def _checked(self, operation: str, check: Callable[[], _Checked]) -> _Checked:
+        """Return `check()`; if it fails here, let the other ranks hear of it before raising."""
+        try:
+            return check()
+        except ValueError as error:
+            self._backend.fail(operation, str(error).removeprefix(f"{operation}: "))
+            raise
+
+
+def _wait(event: EventOverlap | None) -> None:
+    # DeepEP's callers pass on what a synchronous call returned: an EventOverlap without an event.
+    if event is not None and event.event is not None:
+        event.current_stream_wait()
+
+
+def _event(async_finish: bool) -> EventOverlap:
+    return EventOverlap(EventHandle() if async_finish else None)
+
+
+def _with_scales(rows: Rows) -> Tensor | tuple[Tensor, Tensor]:
+    return rows.x if rows.scales is None else (rows.x, rows.scales)

@@ -1,0 +1,60 @@
+"""What a user may set on a Buffer, checked in one place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+BACKENDS = ("auto", "shared_memory", "process_group")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """Resources and limits of one Buffer; every rank of a group passes the same values.
+
+    Attributes:
+        backend: how rows travel: `"shared_memory"` (CPU ranks of one host), `"process_group"`
+            (`torch.distributed`, any device, any number of hosts) or `"auto"`, which takes shared
+            memory when all ranks are CPU ranks of one host and logs what it took.
+        timeout: seconds a rank waits for the others inside one call before it raises.
+        num_threads: threads that move rows on a CPU; None takes the cores this process may use,
+            divided by the ranks on this host, at most four.
+        initial_bytes: bytes of shared memory made ready (allocated and faulted in) at the start.
+        max_bytes: most bytes of shared memory this rank may allocate for rows; None takes 80 % of
+            what is free on the file system, divided by the ranks on this host.
+        max_view_bytes: most bytes that may live in tensors handed out as views of shared memory;
+            beyond it received rows are copied to ordinary tensors. None takes half of `max_bytes`.
+        streaming_bytes: rows go out by non-temporal stores when a call moves at least this many
+            bytes per rank; None takes a quarter of the last-level cache.
+        shm_dir: the memory file system for the segments; one mounted with huge pages is faster.
+        host_id: overrides the automatic answer to "which ranks share a host".
+    """
+
+    backend: str = "auto"
+    timeout: float = 100.0
+    num_threads: int | None = None
+    initial_bytes: int = 16 * MIB
+    max_bytes: int | None = None
+    max_view_bytes: int | None = None
+    streaming_bytes: int | None = None
+    shm_dir: str = "/dev/shm"
+    host_id: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
+        _require(self.timeout > 0, "timeout", "a positive number of seconds", self.timeout)
+        _require(
+            self.num_threads is None or self.num_threads >= 1,
+            "num_threads",
+            "at least 1",
+            self.num_threads,
+        )
+        for name in ("initial_bytes", "max_bytes", "max_view_bytes", "streaming_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, "a number of bytes >= 0", value)
+        _require(Path(self.shm_dir).is_dir(), "shm_dir", "an existing folder", self.shm_dir)
+
+
+def _require(is_met: bool, name: str, expected: str, actual: object) -> None:
+    if not is_met:
+        raise ValueError(f"BufferConfig: expected {name} to be {expected}, got {actual!r}")

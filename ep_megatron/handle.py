@@ -1,0 +1,64 @@
+"""What one dispatch leaves for its combine and for both backward passes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DispatchHandle:
+    """The exact address of every row of one routing, seen from this rank.
+
+    A value: nothing of it is kept by the Buffer, so any number of handles may be in use, in any
+    order, as long as all ranks use those of the same dispatch together. Shape letters:
+    T tokens, K top-k, R ranks, L local experts, M rows as received (one per token and rank).
+
+    Attributes:
+        plan_id: number of the dispatch that made the handle; the same on all ranks.
+        rank: this rank in the group of `num_ranks`.
+        num_tokens: T, this rank's tokens.
+        num_topk: K.
+        num_experts: experts on all ranks; expert e lives on rank `e // (num_experts / num_ranks)`.
+        expand: whether rows arrive expert-major, one per (token, local expert).
+        expert_alignment: rows of each expert's block are padded to a multiple of it.
+        route_rank: `[T, K]` int32, destination rank of a token's rows in ascending (rank, slot)
+            order, then -1. Without `expand` a destination rank occurs once per token.
+        route_row: `[T, K]` int32, the row at that rank, or -1.
+        route_slot: `[T, K]` int32, the column of `topk_idx` it came from, or -1.
+        num_rows_per_rank: R numbers, the rows each rank receives, padding included.
+        num_tokens_per_rank: R numbers, this rank's tokens that go to each rank, each counted once.
+        num_recv_tokens_per_rank: R numbers, tokens that come from each rank, each counted once.
+        num_recv_tokens_per_expert: L numbers, rows per local expert rounded up to
+            `expert_alignment` (DeepEP's meaning; with `expand` the rows of each block).
+        num_valid_tokens_per_expert: L numbers, the same before rounding.
+        recv_row: `[M, K]` int64, only from a backend where rows travel once per rank: the
+            expert-major row of each received (token, slot), or -1.
+    """
+
+    plan_id: int
+    rank: int
+    num_ranks: int
+    num_tokens: int
+    num_topk: int
+    num_experts: int
+    expand: bool
+    expert_alignment: int
+    route_rank: Tensor
+    route_row: Tensor
+    route_slot: Tensor
+    num_rows_per_rank: tuple[int, ...]
+    num_tokens_per_rank: tuple[int, ...]
+    num_recv_tokens_per_rank: tuple[int, ...]
+    num_recv_tokens_per_expert: tuple[int, ...]
+    num_valid_tokens_per_expert: tuple[int, ...]
+    recv_row: Tensor | None = None
+
+    @property
+    def num_recv_rows(self) -> int:
+        """Rows this rank receives, padding included."""
+        return self.num_rows_per_rank[self.rank]
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on each rank."""
+        return self.num_experts // self.num_ranks
