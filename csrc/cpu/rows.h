@@ -1,0 +1,68 @@
+#pragma once
+// Row kernels: the loops that move and add token rows, compiled once per instruction set from
+// row_kernels.cpp and chosen at run time. Every build gives the same bits.
+#include <cstddef>
+#include <string_view>
+#include <vector>
+
+namespace ep {
+
+enum class DType : int { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+constexpr size_t item_size(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+/// One build of the kernels. Sizes are multiples of 16 bytes; rows are read at any alignment, and
+/// `out` should be aligned to 16 bytes (to 64 for full speed), else streaming stores become plain.
+/// Nothing is checked here: that is the caller's job, once per call and not once per row.
+struct RowKernels {
+    const char* name;  // "baseline", "avx2", "avx512"
+
+    /// Copy one row.
+    void (*copy)(void* out, const void* row, size_t num_bytes);
+
+    /// Copy one row past the caches, for bytes that no core here reads soon: no read of the line
+    /// before it is written, nothing useful evicted. Such stores are weakly ordered: call
+    /// stream_fence() before the store that tells another thread or process about them.
+    void (*copy_streaming)(void* out, const void* row, size_t num_bytes);
+
+    /// Write the sum of groups of rows (one group per source rank), in an order that is part of
+    /// the contract: total = bias_0 + bias_1; then for each group, partial = its rows added in
+    /// order, total += partial; what is absent is skipped, not added as zero, so -0.0 survives.
+    /// Accumulates in float32 (float64 for float64) and rounds once, to nearest even. A NaN becomes
+    /// the positive quiet NaN without payload (bfloat16 0x7fc0), except that the sum of one row
+    /// alone is a copy of its bits. No row and no bias gives zeros.
+    /// @param dtype       of `out`, the rows and the biases alike.
+    /// @param out         [hidden]; may be one of the rows or biases, may not overlap them
+    /// otherwise.
+    /// @param rows        pointers to rows [hidden], group after group.
+    /// @param group_ends  [num_groups]: where each group ends in `rows`, ascending. Empty groups
+    /// are
+    ///                    allowed; they cost time.
+    /// @param bias_0      [hidden] or null; likewise `bias_1`.
+    /// @param streaming   write `out` as copy_streaming does.
+    void (*reduce)(DType dtype,
+                   void* out,
+                   const void* const* rows,
+                   const int* group_ends,
+                   int num_groups,
+                   const void* bias_0,
+                   const void* bias_1,
+                   size_t hidden,
+                   bool streaming);
+};
+
+/// The fastest build that this CPU runs; chosen on the first call.
+const RowKernels& row_kernels();
+
+/// The build of that name, or null where it was not compiled or this CPU lacks the instructions.
+const RowKernels* find_row_kernels(std::string_view name);
+
+/// Names of the builds that this CPU runs, slowest first.
+std::vector<const char*> row_kernel_names();
+
+/// Order earlier streaming stores before later stores of this thread.
+void stream_fence();
+
+}  // namespace ep
