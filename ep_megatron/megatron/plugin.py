@@ -1,0 +1,238 @@
+"""Make an unforked Megatron accept `moe_token_dispatcher_type="deepep"`.
+
+Two ways over one dispatcher:
+
+- `install` rebinds three names, so that TransformerConfig, MoELayer and every command line parser
+  with a `--moe-token-dispatcher-type` option accept "deepep";
+- `patch_spec` touches nothing inside Megatron: it returns a copy of a layer or block spec in which
+  every MoELayer is an EPMoELayer.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import megatron.core.transformer.moe.moe_layer as megatron_moe_layer
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ep_megatron.megatron.token_dispatcher import DeepEPTokenDispatcher
+
+DISPATCHER_TYPE = "deepep"
+
+
+class _AskedFor(str):
+    """A `moe_flex_dispatcher_backend` that came from `moe_token_dispatcher_type="deepep"`.
+
+    Equal to "deepep", so every rule Megatron has for its own flex dispatcher with DeepEP holds
+    (which inputs 1F1B overlap may free, what may be combined). An attribute of the config beside
+    its fields would be lost in `dataclasses.replace`; the type of a field's value is not.
+    """
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    backend: str
+    replace_flex: bool
+
+
+# What is patched belongs to the process, so what is installed is a fact of the process too.
+_choice: _Choice | None = None
+_rebound: list[tuple[Any, str, Any, Any]] = []  # owner, name, ours, theirs
+
+
+def install(backend: str = "auto", replace_flex: bool = False) -> None:
+    """Make Megatron accept "deepep" as a token dispatcher type; not collective.
+
+    Call it before arguments are parsed, configs made or models built. A config made with "deepep"
+    then reads "flex" with backend "deepep", as Megatron's own rules for DeepEP apply to it. Calling
+    it again changes the choice for layers built later.
+
+    Args:
+        backend: as for `Buffer`: "auto", "shared_memory" or "process_group".
+        replace_flex: also serve configs that ask for Megatron's own flex dispatcher with its
+            "deepep" backend. Without it they stay Megatron's.
+    """
+    global _choice
+    _choice = _Choice(backend, replace_flex)
+    if not _rebound:
+        _rebind(TransformerConfig, "__post_init__", _with_deepep)
+        _rebind(megatron_moe_layer, "MoEFlexTokenDispatcher", _flex_or_ours)
+        # Megatron-LM's parser takes its choices from a list or from the type of the config's field,
+        # depending on its version; here both arrive. The groups of a parser share this base class.
+        _rebind(argparse._ActionsContainer, "add_argument", _with_deepep_choice)
+
+
+def uninstall() -> None:
+    """Put back what `install` rebound.
+
+    Raises:
+        RuntimeError: if someone rebound one of the names after `install`; nothing is changed then.
+    """
+    global _choice
+    for owner, name, ours, _ in _rebound:
+        if getattr(owner, name) is not ours:
+            raise RuntimeError(
+                f"uninstall: expected {owner.__name__}.{name} to be what install() put there, got "
+                f"{getattr(owner, name)!r}; undo the later change first"
+            )
+    while _rebound:
+        owner, name, _, theirs = _rebound.pop()
+        setattr(owner, name, theirs)
+    _choice = None
+
+
+def _rebind(owner: Any, name: str, wrap: Any) -> None:
+    theirs = getattr(owner, name)
+    ours = wrap(theirs)
+    setattr(owner, name, ours)
+    _rebound.append((owner, name, ours, theirs))
+
+
+def _with_deepep(theirs: Any) -> Any:
+    @functools.wraps(theirs)
+    def __post_init__(config: Any) -> None:  # noqa: N807
+        if config.moe_token_dispatcher_type == DISPATCHER_TYPE:
+            if config.moe_flex_dispatcher_backend != DISPATCHER_TYPE:
+                raise ValueError(
+                    "TransformerConfig: expected moe_flex_dispatcher_backend to be left out with "
+                    'moe_token_dispatcher_type="deepep", got '
+                    f'"{config.moe_flex_dispatcher_backend}"; choose one of the two'
+                )
+            config.moe_token_dispatcher_type = "flex"
+            config.moe_flex_dispatcher_backend = _AskedFor(DISPATCHER_TYPE)
+        if _is_asked_for(config) and config.moe_shared_expert_overlap:
+            # Megatron 0.16 allows the overlap only with alltoall, as its flex dispatcher lacks it.
+            # Ours has it, on the same terms as alltoall.
+            config.moe_token_dispatcher_type = "alltoall"
+            theirs(config)
+            config.moe_token_dispatcher_type = "flex"
+        else:
+            theirs(config)
+
+    return __post_init__
+
+
+def _is_asked_for(config: Any) -> bool:
+    is_flex: bool = config.moe_token_dispatcher_type == "flex"
+    return is_flex and isinstance(config.moe_flex_dispatcher_backend, _AskedFor)
+
+
+def _is_deepep(config: Any) -> bool:
+    flex = ("flex", DISPATCHER_TYPE)
+    asked = (config.moe_token_dispatcher_type, config.moe_flex_dispatcher_backend)
+    return asked[0] == DISPATCHER_TYPE or asked == flex
+
+
+def _flex_or_ours(theirs: Any) -> Any:
+    def make_token_dispatcher(
+        num_local_experts: int, local_expert_indices: list[int], *, config: Any, **groups: Any
+    ) -> Any:
+        assert _choice is not None  # uninstall puts the original back
+        experts = (num_local_experts, local_expert_indices)
+        if _is_asked_for(config) or (_choice.replace_flex and _is_deepep(config)):
+            return DeepEPTokenDispatcher(*experts, config=config, backend=_choice.backend, **groups)
+        return theirs(*experts, config=config, **groups)
+
+    return make_token_dispatcher
+
+
+def _with_deepep_choice(theirs: Any) -> Any:
+    @functools.wraps(theirs)
+    def add_argument(container: Any, *names: Any, **options: Any) -> Any:
+        choices = options.get("choices")
+        if "--moe-token-dispatcher-type" in names and choices and DISPATCHER_TYPE not in choices:
+            options["choices"] = (*choices, DISPATCHER_TYPE)
+        return theirs(container, *names, **options)
+
+    return add_argument
+
+
+class EPMoELayer(MoELayer):
+    """Megatron's MoELayer with a DeepEPTokenDispatcher; put into a layer spec by `patch_spec`.
+
+    Args:
+        config: TransformerConfig whose `moe_token_dispatcher_type` is "deepep", or "flex" with
+            backend "deepep".
+        pg_collection: process groups; None takes Megatron's global ones.
+        backend: as for `Buffer`.
+        options: further arguments of this Megatron version's MoELayer.
+
+    Raises:
+        ValueError: if the config asks for another dispatcher, whose rules Megatron would apply.
+    """
+
+    def __init__(
+        self, config: Any, *, pg_collection: Any = None, backend: str = "auto", **options: Any
+    ) -> None:
+        if not _is_deepep(config):
+            raise ValueError(
+                'EPMoELayer: expected moe_token_dispatcher_type to be "deepep" (or "flex" with '
+                f'backend "deepep"), got "{config.moe_token_dispatcher_type}"; change the config '
+                "or leave the spec unpatched"
+            )
+        if getattr(config, "transformer_impl", "") == "inference_optimized":
+            raise ValueError(
+                'EPMoELayer: expected transformer_impl to be one for training, got "'
+                'inference_optimized"; it brings its own dispatchers'
+            )
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        with _shown_as_allgather(config):
+            super().__init__(config=config, pg_collection=pg_collection, **options)
+        self.token_dispatcher = DeepEPTokenDispatcher(
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=config,
+            pg_collection=pg_collection,
+            backend=backend,
+        )
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+
+@contextlib.contextmanager
+def _shown_as_allgather(config: Any) -> Iterator[None]:
+    """Let MoELayer build the one dispatcher whose constructor allocates nothing, to replace it."""
+    asked = config.moe_token_dispatcher_type
+    config.moe_token_dispatcher_type = "allgather"
+    try:
+        yield
+    finally:
+        config.moe_token_dispatcher_type = asked
+
+
+def patch_spec(spec: Any, backend: str = "auto") -> Any:
+    """Return a copy of a layer, block or model spec in which every MoELayer is an EPMoELayer.
+
+    Not collective. Takes the specs of Megatron 0.16 (`ModuleSpec`) and 0.19 (`functools.partial`),
+    alone or inside dataclasses, lists and tuples. A spec without a MoELayer comes back equal.
+
+    Args:
+        spec: what `get_gpt_layer_local_spec`, `get_gpt_decoder_block_spec` and the like return.
+        backend: as for `Buffer`.
+    """
+    patched = spec
+    if spec is MoELayer:
+        patched = functools.partial(EPMoELayer, backend=backend)
+    elif isinstance(spec, functools.partial):
+        options = {name: patch_spec(value, backend) for name, value in spec.keywords.items()}
+        patched = functools.partial(patch_spec(spec.func, backend), *spec.args, **options)
+    elif isinstance(spec, ModuleSpec) and spec.module is MoELayer:
+        params = {**spec.params, "backend": backend}
+        patched = dataclasses.replace(spec, module=EPMoELayer, params=params)
+    elif isinstance(spec, list | tuple) and type(spec) in (list, tuple):
+        patched = type(spec)(patch_spec(item, backend) for item in spec)
+    elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        patched = copy.copy(spec)
+        for field in dataclasses.fields(spec):
+            setattr(patched, field.name, patch_spec(getattr(spec, field.name), backend))
+    return patched
