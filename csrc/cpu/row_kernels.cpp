@@ -16,9 +16,14 @@
 namespace ep {
 namespace {
 
+// Left alone the compiler makes calls of the inner loops and keeps the sums in memory, not
+// registers.
+#define EP_ALWAYS_INLINE __attribute__((always_inline))
+
 constexpr int kLineBytes = 64;
-// Vectors in flight: a group's partial sum and the total, two registers per vector each, must fit.
-constexpr int kUnroll = kVectorBytes == 64 ? 4 : 2;
+// Vectors of a row in flight. Each holds four registers, a group's partial sum and the total; with
+// more than two, 16 registers spill and 32 bring nothing.
+constexpr int kUnroll = 2;
 
 struct Sum {
     const char* const* rows;
@@ -28,101 +33,106 @@ struct Sum {
 };
 
 template <class D, int kBytes, int kCount>
-inline void add_row(typename D::template Lanes<kBytes> (&sum)[kCount], const char* p) {
+EP_ALWAYS_INLINE inline void add_row(typename D::template Lanes<kBytes> (&sum)[kCount],
+                                     const char* p) {
     for (int i = 0; i < kCount; ++i) sum[i] += D::template read<kBytes>(p + i * kBytes);
 }
 
 template <class D, int kBytes, int kCount>
-inline void set_row(typename D::template Lanes<kBytes> (&sum)[kCount], const char* p) {
+EP_ALWAYS_INLINE inline void set_row(typename D::template Lanes<kBytes> (&sum)[kCount],
+                                     const char* p) {
     for (int i = 0; i < kCount; ++i) sum[i] = D::template read<kBytes>(p + i * kBytes);
 }
 
-// Write columns [at, at + kCount * kBytes) of the sum; all loads come before the stores.
-template <class D, bool kStreaming, int kBytes, int kCount>
-inline void sum_columns(char* out, const Sum& sum, size_t at) {
-    typename D::template Lanes<kBytes> total[kCount], partial[kCount];
-    int row = 0, group = 0;
-    if (sum.biases[0] != nullptr) {
-        set_row<D, kBytes>(total, sum.biases[0] + at);
-        if (sum.biases[1] != nullptr) add_row<D, kBytes>(total, sum.biases[1] + at);
-    } else {
-        set_row<D, kBytes>(total, sum.rows[0] + at);
-        for (row = 1; row < sum.group_ends[0]; ++row) add_row<D, kBytes>(total, sum.rows[row] + at);
-        group = 1;
-    }
-    for (; group < sum.num_groups; ++group) {
-        const int end = sum.group_ends[group];
-        if (row == end) continue;
-        set_row<D, kBytes>(partial, sum.rows[row++] + at);
-        for (; row < end; ++row) add_row<D, kBytes>(partial, sum.rows[row] + at);
-        for (int i = 0; i < kCount; ++i) total[i] += partial[i];
-    }
-    for (int i = 0; i < kCount; ++i)
-        store<kStreaming>(out + at + i * kBytes, D::template pack<kBytes>(total[i]));
-}
+// The row operations: columns() does bytes [at, at + kCount * kBytes), all loads before the stores.
 
-// Walk a row from its first byte to its last: `small` takes 16 bytes at an offset, `one` a vector,
-// `many` kUnroll vectors. Streaming stores need whole lines, so the ends of the row go to `small`.
-template <bool kStreaming, class Small, class One, class Many>
-inline void for_columns(const char* out, size_t num_bytes, Small small, One one, Many many) {
+struct CopyRow {
+    char* out;
+    const char* row;
+
+    template <bool kStreaming, int kBytes, int kCount>
+    EP_ALWAYS_INLINE void columns(size_t at) const {
+        Word<kBytes> words[kCount];
+        for (int i = 0; i < kCount; ++i) words[i] = load<Word<kBytes>>(row + at + i * kBytes);
+        for (int i = 0; i < kCount; ++i) store<kStreaming>(out + at + i * kBytes, words[i]);
+    }
+};
+
+template <class D>
+struct SumRows {
+    char* out;
+    const Sum& sum;
+
+    template <bool kStreaming, int kBytes, int kCount>
+    EP_ALWAYS_INLINE void columns(size_t at) const {
+        typename D::template Lanes<kBytes> total[kCount], partial[kCount];
+        int row = 0, group = 0;
+        if (sum.biases[0] != nullptr) {
+            set_row<D, kBytes>(total, sum.biases[0] + at);
+            if (sum.biases[1] != nullptr) add_row<D, kBytes>(total, sum.biases[1] + at);
+        } else {
+            set_row<D, kBytes>(total, sum.rows[row++] + at);
+            const int end = sum.group_ends[group++];
+            for (; row < end; ++row) add_row<D, kBytes>(total, sum.rows[row] + at);
+        }
+        for (; group < sum.num_groups; ++group) {
+            const int end = sum.group_ends[group];
+            if (row == end) continue;
+            set_row<D, kBytes>(partial, sum.rows[row++] + at);
+            for (; row < end; ++row) add_row<D, kBytes>(partial, sum.rows[row] + at);
+            for (int i = 0; i < kCount; ++i) total[i] += partial[i];
+        }
+        for (int i = 0; i < kCount; ++i)
+            store<kStreaming>(out + at + i * kBytes, D::template pack<kBytes>(total[i]));
+    }
+};
+
+// Streaming stores need whole lines; the ends of the row are written plainly, 16 bytes at a time.
+template <bool kStreaming, class Operation>
+void for_columns(const Operation& operation, size_t num_bytes) {
     size_t at = 0;
     if (kStreaming)
-        for (; at < num_bytes && reinterpret_cast<uintptr_t>(out + at) % kLineBytes != 0;
+        for (; at < num_bytes && reinterpret_cast<uintptr_t>(operation.out + at) % kLineBytes != 0;
              at += kSmallBytes)
-            small(at);
-    for (; at + kUnroll * kVectorBytes <= num_bytes; at += kUnroll * kVectorBytes) many(at);
-    for (; at + kVectorBytes <= num_bytes; at += kVectorBytes) one(at);
-    for (; at < num_bytes; at += kSmallBytes) small(at);
-}
-
-template <bool kStreaming, int kBytes, int kCount>
-inline void copy_columns(char* out, const char* row, size_t at) {
-    Word<kBytes> words[kCount];
-    for (int i = 0; i < kCount; ++i) words[i] = load<Word<kBytes>>(row + at + i * kBytes);
-    for (int i = 0; i < kCount; ++i) store<kStreaming>(out + at + i * kBytes, words[i]);
-}
-
-template <bool kStreaming>
-void copy_columns_of(char* out, const char* row, size_t num_bytes) {
-    for_columns<kStreaming>(
-        out, num_bytes,  //
-        [=](size_t at) { copy_columns<false, kSmallBytes, 1>(out, row, at); },
-        [=](size_t at) { copy_columns<kStreaming, kVectorBytes, 1>(out, row, at); },
-        [=](size_t at) { copy_columns<kStreaming, kVectorBytes, kUnroll>(out, row, at); });
+            operation.template columns<false, kSmallBytes, 1>(at);
+    for (; at + kUnroll * kVectorBytes <= num_bytes; at += kUnroll * kVectorBytes)
+        operation.template columns<kStreaming, kVectorBytes, kUnroll>(at);
+    for (; at + kVectorBytes <= num_bytes; at += kVectorBytes)
+        operation.template columns<kStreaming, kVectorBytes, 1>(at);
+    for (; at < num_bytes; at += kSmallBytes) operation.template columns<false, kSmallBytes, 1>(at);
 }
 
 bool can_stream(const void* out) { return reinterpret_cast<uintptr_t>(out) % kSmallBytes == 0; }
 
 void copy(void* out, const void* row, size_t num_bytes) {
-    copy_columns_of<false>(static_cast<char*>(out), static_cast<const char*>(row), num_bytes);
+    for_columns<false>(CopyRow{static_cast<char*>(out), static_cast<const char*>(row)}, num_bytes);
 }
 
 void copy_streaming(void* out, const void* row, size_t num_bytes) {
     if (!can_stream(out)) return copy(out, row, num_bytes);
-    copy_columns_of<true>(static_cast<char*>(out), static_cast<const char*>(row), num_bytes);
-}
-
-template <class D, bool kStreaming>
-void reduce_columns(char* out, const Sum& sum, size_t num_bytes) {
-    for_columns<kStreaming>(
-        out, num_bytes,  //
-        [&](size_t at) { sum_columns<D, false, kSmallBytes, 1>(out, sum, at); },
-        [&](size_t at) { sum_columns<D, kStreaming, kVectorBytes, 1>(out, sum, at); },
-        [&](size_t at) { sum_columns<D, kStreaming, kVectorBytes, kUnroll>(out, sum, at); });
+    for_columns<true>(CopyRow{static_cast<char*>(out), static_cast<const char*>(row)}, num_bytes);
 }
 
 template <bool kStreaming>
 void reduce_as(DType dtype, char* out, const Sum& sum, size_t num_bytes) {
     switch (dtype) {
         case DType::kBFloat16:
-            return reduce_columns<BFloat16, kStreaming>(out, sum, num_bytes);
+            return for_columns<kStreaming>(SumRows<BFloat16>{out, sum}, num_bytes);
         case DType::kFloat16:
-            return reduce_columns<Float16, kStreaming>(out, sum, num_bytes);
+            return for_columns<kStreaming>(SumRows<Float16>{out, sum}, num_bytes);
         case DType::kFloat32:
-            return reduce_columns<Float32, kStreaming>(out, sum, num_bytes);
+            return for_columns<kStreaming>(SumRows<Float32>{out, sum}, num_bytes);
         case DType::kFloat64:
-            return reduce_columns<Float64, kStreaming>(out, sum, num_bytes);
+            return for_columns<kStreaming>(SumRows<Float64>{out, sum}, num_bytes);
     }
+}
+
+// Groups of one row add up in the order of one group, which takes less work.
+bool is_one_row_each(const Sum& sum, int num_rows) {
+    if (sum.num_groups != num_rows) return false;
+    for (int group = 0; group < num_rows; ++group)
+        if (sum.group_ends[group] != group + 1) return false;
+    return true;
 }
 
 void reduce(DType dtype,
@@ -149,15 +159,9 @@ void reduce(DType dtype,
                group_ends,
                num_groups,
                {static_cast<const char*>(bias_0), static_cast<const char*>(bias_1)}};
-    if (bias_0 == nullptr) {
-        // Groups of one row add up like one group; sum_columns wants a row in the first group.
+    if (bias_0 == nullptr) {  // SumRows wants a row in the first group
         while (sum.group_ends[0] == 0) ++sum.group_ends, --sum.num_groups;
-        if (sum.num_groups == num_rows && sum.group_ends[0] == 1) {
-            bool is_flat = true;
-            for (int group = 0; group < num_rows; ++group)
-                is_flat &= sum.group_ends[group] == group + 1;
-            if (is_flat) sum.group_ends = &num_rows, sum.num_groups = 1;
-        }
+        if (is_one_row_each(sum, num_rows)) sum.group_ends = &num_rows, sum.num_groups = 1;
     }
     char* target = static_cast<char*>(out);
     if (streaming && can_stream(out)) return reduce_as<true>(dtype, target, sum, num_bytes);
