@@ -1,0 +1,170 @@
+"""Megatron distributed checkpoints that are whole or absent, and exact to resume from.
+
+A checkpoint is written under a hidden name, flushed, renamed to `iter_0000100`, and only then named
+in `latest_checkpointed_iteration.txt` (Megatron's own file): a run killed at any moment leaves the
+last whole checkpoint as the latest.
+"""
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ep_megatron.train.config import Config
+from ep_megatron.train.step import Run
+
+_LATEST = "latest_checkpointed_iteration.txt"
+# The parallel sizes that random states belong to.
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """Return the iteration of the latest whole checkpoint in `folder`, or None."""
+    try:
+        return int((folder / _LATEST).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def save_checkpoint(run: Run, folder: Path) -> Path:
+    """Save `run` and return the checkpoint's folder; collective over all ranks."""
+    from megatron.core import dist_checkpointing
+
+    name = f"iter_{run.iteration:07d}"
+    writing, final = folder / f".{name}", folder / name
+    if dist.get_rank() == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_state(run, is_loading=False), str(writing))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in writing.iterdir():
+            _flush(file)
+        _flush(writing)
+        shutil.rmtree(final, ignore_errors=True)
+        writing.rename(final)
+        latest = folder / f".{_LATEST}"
+        latest.write_text(str(run.iteration))
+        _flush(latest)
+        latest.replace(folder / _LATEST)
+        _flush(folder)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(run: Run, folder: Path) -> Path:
+    """Bring `run` to its latest checkpoint in `folder`; collective over all ranks.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    iteration = latest_iteration(folder)
+    if iteration is None:
+        raise ValueError(
+            f"resume: expected a checkpoint in {folder}, got none; start without --resume"
+        )
+    path = folder / f"iter_{iteration:07d}"
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    same_layout = common["layout"] == _layout(run.config)
+    state = dist_checkpointing.load(
+        _state(run, is_loading=True, with_random_states=same_layout), str(path)
+    )
+    for key, model in _named(run.models):
+        unwrap_model(model).load_state_dict(state[key])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.iteration = state["iteration"]
+    if same_layout:
+        _restore_random_states(state["random_states"])
+    return path
+
+
+def _named(models: list[Any]) -> list[tuple[str, Any]]:
+    if len(models) == 1:
+        return [("model", models[0])]
+    return [(f"model{chunk}", model) for chunk, model in enumerate(models)]
+
+
+def _layout(config: Config) -> list[int]:
+    return [dist.get_world_size(), *(getattr(config, name) for name in _LAYOUT)]
+
+
+def _state(run: Run, is_loading: bool, with_random_states: bool = True) -> dict[str, Any]:
+    """Return what is saved, or the template of what is loaded; Megatron shards it by rank."""
+    from megatron.core.utils import unwrap_model
+
+    metadata = {}
+    if run.config.use_distributed_optimizer:
+        metadata = {
+            "distrib_optim_sharding_type": "dp_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+        }
+    models = {
+        key: unwrap_model(model).sharded_state_dict(metadata=dict(metadata))
+        for key, model in _named(run.models)
+    }
+    options = {"metadata": metadata} if metadata else {}
+    state = {
+        **models,
+        "optimizer": run.optimizer.sharded_state_dict(models, is_loading=is_loading, **options),
+        "scheduler": run.scheduler.state_dict(),
+        "iteration": run.iteration,
+        "layout": _layout(run.config),
+        "config": run.config.model_dump(mode="json", by_alias=True),
+    }
+    if with_random_states:
+        state["random_states"] = _random_states()
+    return state
+
+
+def _random_states() -> Any:
+    """Return the states of all random generators of this rank, as one sharded object."""
+    from megatron.core import tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    shape, offset = (dist.get_world_size(),), (dist.get_rank(),)
+    return ShardedObject("random_states", states, shape, offset, replica_id=0)
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    from megatron.core import tensor_parallel
+
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
