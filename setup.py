@@ -80,7 +80,9 @@ setup(
     ext_modules=[
         Extension(
             "ep_megatron._cpu",
-            sorted(map(str, [*Path("csrc/cpu").glob("*.cpp"), Path("csrc/bindings_cpu.cpp")])),
+            sorted(
+                map(str, [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc").glob("bindings*.cpp")])
+            ),
             include_dirs=[pybind11.get_include()],
         )
     ],

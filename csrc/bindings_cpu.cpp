@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/rows.h"
 
 namespace py = pybind11;
@@ -95,4 +96,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("streaming"));
     m.def("copy_row", &copy_row, py::arg("isa"), py::arg("out_ptr"), py::arg("row_ptr"),
           py::arg("num_bytes"), py::arg("streaming"));
+    ep::bind_exchange(m);
 }

@@ -31,6 +31,7 @@ class DispatchHandle:
         num_recv_tokens_per_expert: L numbers, rows per local expert rounded up to
             `expert_alignment` (DeepEP's meaning; with `expand` the rows of each block).
         num_valid_tokens_per_expert: L numbers, the same before rounding.
+        topk_idx: `[T, K]`, a copy, only without `expand`: which slots' weights go where.
         recv_row: `[M, K]` int64, only from a backend where rows travel once per rank: the
             expert-major row of each received (token, slot), or -1.
     """
@@ -51,6 +52,7 @@ class DispatchHandle:
     num_recv_tokens_per_rank: tuple[int, ...]
     num_recv_tokens_per_expert: tuple[int, ...]
     num_valid_tokens_per_expert: tuple[int, ...]
+    topk_idx: Tensor | None = None
     recv_row: Tensor | None = None
 
     @property

@@ -69,19 +69,20 @@ class Call:
     @staticmethod
     def of(operation: str, rows: Rows, routing: Routing | DispatchHandle) -> "Call":
         """Describe this rank's call."""
-        is_fresh = isinstance(routing, Routing)
+        fresh = routing if isinstance(routing, Routing) else None
+        cached = None if isinstance(routing, Routing) else routing
         return Call(
             operation=OPERATIONS.index(operation),
             dtype=DTYPES.index(rows.x.dtype),
             hidden=rows.x.shape[1],
             scales=0 if rows.scales is None else rows.scales.shape[1],
             weights_dtype=0 if rows.topk_weights is None else DTYPES.index(rows.topk_weights.dtype),
-            idx_dtype=DTYPES.index(routing.topk_idx.dtype) if is_fresh else 0,
-            num_topk=routing.topk_idx.shape[1] if is_fresh else routing.num_topk,
+            idx_dtype=DTYPES.index(fresh.topk_idx.dtype) if fresh else 0,
+            num_topk=fresh.topk_idx.shape[1] if fresh else cached.num_topk if cached else 0,
             num_experts=routing.num_experts,
             expand=int(routing.expand),
             expert_alignment=routing.expert_alignment,
-            plan_id=0 if is_fresh else routing.plan_id,
+            plan_id=cached.plan_id if cached else 0,
         )
 
     def numbers(self) -> list[int]:

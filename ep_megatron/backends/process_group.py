@@ -5,6 +5,7 @@ holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ra
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -139,7 +140,11 @@ class ProcessGroupBackend:
         flat = local_idx.reshape(-1).to(torch.int64)
         within = index_within(flat, plain.num_local_experts)
         recv_row = (starts[flat.clamp(min=0)] + within).masked_fill(flat < 0, -1)
-        handle = DispatchHandle(**{**vars(plain), "recv_row": recv_row.view(local_idx.shape)})
+        handle = replace(
+            plain,
+            recv_row=recv_row.view(local_idx.shape),
+            topk_idx=None if routing.expand else topk_idx.clone(),
+        )
         return handle, local_idx, weights
 
     @staticmethod

@@ -1,0 +1,468 @@
+#include "cpu/exchange.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "core/errors.h"
+
+namespace ep {
+namespace {
+
+constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
+constexpr int kMaxTopk = 128;
+constexpr int kPrefetchLines = 4;
+
+size_t round_up(size_t count, size_t alignment) {
+    return (count + alignment - 1) / alignment * alignment;
+}
+
+void prefetch_row(const char* row) {
+    for (int line = 0; line < kPrefetchLines; ++line) __builtin_prefetch(row + 64 * line);
+}
+
+/// Copy the few bytes beside a row, of one of the usual sizes.
+void copy_small(char* out, const char* value, size_t num_bytes) {
+    if (num_bytes == 4)
+        std::memcpy(out, value, 4);
+    else
+        std::memcpy(out, value, num_bytes);
+}
+
+}  // namespace
+
+Sections::Sections(const RowBytes& row, int64_t num_rows, int num_topk, bool expand) {
+    const auto rows = static_cast<size_t>(num_rows);
+    const size_t columns = expand ? 1 : static_cast<size_t>(num_topk);
+    scales = round_up(rows * row.x, 64);
+    weights = scales + round_up(rows * row.scales, 64);
+    idx = weights + round_up(rows * row.weights * columns, 64);
+    end = idx + (expand ? 0 : rows * row.idx * columns);
+}
+
+/// Where this rank's rows go at one destination.
+struct Exchange::Target {
+    char* rows;
+    Sections sections;
+};
+
+/// What peers read in a combine.
+struct Exchange::Staged {
+    std::shared_ptr<Block> block;  // null when x lies in the arena and there are no weights
+    uint64_t rows_offset;
+    uint64_t weights_offset;
+    bool is_borrowed;  // x itself: the caller may change it as soon as the call returns
+};
+
+Exchange::Exchange(
+    std::string folder, std::string name, int rank, int num_ranks, ExchangeOptions options)
+    : rank_(rank),
+      folder_(std::move(folder)),
+      options_(std::move(options)),
+      workers_(options_.num_threads) {
+    if (num_ranks < 1 || num_ranks > kMaxRanks || rank < 0 || rank >= num_ranks)
+        throw std::invalid_argument(text("shared_memory: expected 1 to ", kMaxRanks,
+                                         " ranks on one host, got ", num_ranks));
+    own_ = Segment::create(folder_, name, kControlBytes + options_.max_bytes);
+    own_->commit(kControlBytes);
+    auto* control = reinterpret_cast<Control*>(own_->base());
+    control->rank = static_cast<uint32_t>(rank);
+    control->num_ranks = static_cast<uint32_t>(num_ranks);
+    control->magic = kMagic;
+    arena_ = std::make_shared<Arena>(own_, kControlBytes);
+    segments_.resize(static_cast<size_t>(num_ranks));
+    segments_[static_cast<size_t>(rank)] = own_;
+}
+
+void Exchange::attach(const std::vector<std::string>& names) {
+    for (int rank = 0; rank < static_cast<int>(names.size()); ++rank) {
+        if (rank == rank_) continue;
+        const std::string& name = names[static_cast<size_t>(rank)];
+        auto segment = Segment::open(folder_, name);
+        if (segment->num_bytes() < kControlBytes) fail(name, " is too small to be a segment");
+        const auto* control = reinterpret_cast<const Control*>(segment->base());
+        if (control->magic != kMagic || control->rank != static_cast<uint32_t>(rank) ||
+            control->num_ranks != segments_.size())
+            fail(name, " is not the segment of rank ", rank, " of ", segments_.size());
+        segment->populate(kControlBytes);
+        segments_[static_cast<size_t>(rank)] = std::move(segment);
+    }
+    meeting_ = std::make_unique<Meeting>(rank_, segments_, options_.wait);
+}
+
+void Exchange::begin(uint32_t operation, const std::vector<int64_t>& call) {
+    if (meeting_->is_finished()) lent_.clear();
+    meeting_->begin(operation);
+    Post& post = meeting_->own_post();
+    std::fill(std::begin(post.call), std::end(post.call), 0);
+    std::copy_n(call.begin(), std::min<size_t>(call.size(), kNumCallFields), post.call);
+}
+
+/// Post and wait for the others' posts; whether all agree. From here on what was lent to peers in
+/// the last call is this rank's again.
+bool Exchange::meet() {
+    meeting_->own_post().committed = arena_->committed();
+    meeting_->post();
+    meeting_->wait_posted();
+    lent_.clear();
+    return meeting_->is_agreed();
+}
+
+void Exchange::report_failure(uint32_t operation, const std::string& error) {
+    const std::lock_guard lock(mutex_);
+    begin(operation, {});
+    Post& post = meeting_->own_post();
+    post.error_kind = kBadArguments;
+    std::strncpy(post.error, error.c_str(), kErrorBytes - 1);
+    post.error[kErrorBytes - 1] = 0;
+    meet();
+}
+
+std::vector<Exchange::Report> Exchange::reports() const {
+    std::vector<Report> reports;
+    for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
+        const Post& post = meeting_->post_of(rank);
+        reports.push_back({{std::begin(post.call), std::end(post.call)},
+                           post.error_kind == kNoError ? "" : post.error,
+                           post.error_kind == kNoMemory});
+    }
+    return reports;
+}
+
+// -- dispatch -------------------------------------------------------------------------------------
+
+Dispatched Exchange::dispatch(const DispatchArgs& args) {
+    const std::lock_guard lock(mutex_);
+    begin(args.operation, args.call);
+    Post& post = meeting_->own_post();
+    const bool is_fresh = args.operation == kDispatch;
+    if (is_fresh) {
+        std::fill_n(post.num_tokens_per_rank, args.routing.num_ranks, 0);
+        std::fill_n(post.num_tokens_per_expert, args.routing.num_experts, 0);
+        count_tokens(args.routing, post.num_tokens_per_rank, post.num_tokens_per_expert);
+    }
+    std::shared_ptr<Block> block = arena_->allocate_largest();
+    if (block != nullptr) {
+        post.rows_offset = block->offset();
+        post.rows_bytes = block->num_bytes();
+    }
+    Dispatched result;
+    result.is_agreed = meet();
+    if (!result.is_agreed) return result;
+
+    Totals totals;
+    result = plan(args, totals);
+    const std::vector<char*> rows = places(args, result.num_rows_per_rank, block);
+    if (is_fresh) make_routes(args.routing, totals, rank_, args.routes);
+    std::vector<Target> targets;
+    for (size_t rank = 0; rank < rows.size(); ++rank)
+        targets.push_back({rows[rank], Sections(args.row_bytes, result.num_rows_per_rank[rank],
+                                                args.routing.num_topk, args.routing.expand)});
+    push(args, targets);
+    result.block = block;
+    clear_padding(args, result);
+    meeting_->finish();
+    meeting_->wait_finished();
+    result.must_copy = arena_->num_bytes_in_use() > options_.max_view_bytes;
+    return result;
+}
+
+/// What follows from all ranks' counts; for a cached dispatch, from its handle.
+Dispatched Exchange::plan(const DispatchArgs& args, Totals& totals) const {
+    const Routing& routing = args.routing;
+    Dispatched result;
+    result.is_agreed = true;
+    if (args.operation == kCachedDispatch) {
+        result.num_rows_per_rank = args.num_rows_per_rank;
+        result.valid_per_expert = args.valid_per_expert;
+        return result;
+    }
+    for (int rank = 0; rank < routing.num_ranks; ++rank) {
+        const Post& post = meeting_->post_of(rank);
+        totals.per_rank.push_back(post.num_tokens_per_rank);
+        totals.per_expert.push_back(post.num_tokens_per_expert);
+    }
+    for (int rank = 0; rank < routing.num_ranks; ++rank) {
+        const auto source = static_cast<size_t>(rank);
+        result.num_rows_per_rank.push_back(totals.num_rows(routing, rank));
+        result.num_tokens_per_rank.push_back(totals.per_rank[static_cast<size_t>(rank_)][rank]);
+        result.num_recv_tokens_per_rank.push_back(totals.per_rank[source][rank_]);
+    }
+    for (int local = 0; local < routing.experts_per_rank(); ++local)
+        result.valid_per_expert.push_back(
+            totals.valid_rows(rank_ * routing.experts_per_rank() + local));
+    return result;
+}
+
+/// Where every rank's rows start. Everybody knows from the posts which ranks offered too little and
+/// waits for those to offer more; if one cannot, all throw.
+std::vector<char*> Exchange::places(const DispatchArgs& args,
+                                    const std::vector<int64_t>& num_rows,
+                                    std::shared_ptr<Block>& block) {
+    const auto num_bytes = [&](int rank) {
+        return Sections(args.row_bytes, num_rows[static_cast<size_t>(rank)], args.routing.num_topk,
+                        args.routing.expand)
+            .end;
+    };
+    const auto is_enough = [&](int rank) {
+        const Post& post = meeting_->post_of(rank);
+        return post.rows_offset != kNoPlace && num_bytes(rank) <= post.rows_bytes;
+    };
+    for (int64_t rows : num_rows)
+        if (rows > std::numeric_limits<int32_t>::max())
+            fail(kOperations[args.operation], ": expected at most 2147483647 rows on a rank, got ",
+                 rows);
+    if (is_enough(rank_)) {
+        arena_->trim(*block, num_bytes(rank_));
+    } else {
+        block = nullptr;
+        std::string error;
+        try {
+            block = arena_->allocate(num_bytes(rank_));
+        } catch (const std::exception& exception) {
+            error = exception.what();
+        }
+        meeting_->grant(block == nullptr ? kNoPlace : block->offset(), arena_->committed(), error);
+    }
+    std::vector<char*> starts;
+    std::string errors;
+    for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
+        const Post& post = meeting_->post_of(rank);
+        uint64_t offset = post.rows_offset, committed = post.committed;
+        if (!is_enough(rank)) {
+            const Grant& grant = meeting_->granted_by(rank);
+            offset = grant.rows_offset;
+            committed = grant.committed;
+            if (offset == kNoPlace)
+                errors += text(errors.empty() ? "" : "; ", "rank ", rank, ": ", grant.error);
+        }
+        Segment& segment = *segments_[static_cast<size_t>(rank)];
+        if (offset != kNoPlace && offset + num_bytes(rank) > segment.num_bytes())
+            fail("rank ", rank, " offers memory that it does not have");
+        if (rank != rank_) segment.populate(std::min<size_t>(committed, segment.num_bytes()));
+        starts.push_back(segment.base() + offset);
+    }
+    if (errors.empty()) return starts;
+    // No row has moved, and no rank will raise its flag for this call: the next call goes on.
+    block = nullptr;
+    fail(kOperations[args.operation], ": expected room for all rows, got ", errors,
+         "; raise max_bytes or free memory in ", folder_);
+}
+
+void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets) {
+    const Routing& routing = args.routing;
+    const RowBytes& bytes = args.row_bytes;
+    const auto num_topk = static_cast<size_t>(routing.num_topk);
+    const int num_copies =
+        routing.expand ? routing.num_topk : std::min(routing.num_topk, routing.num_ranks);
+    const bool is_streaming =
+        static_cast<size_t>(routing.num_tokens) * bytes.x * static_cast<size_t>(num_copies) >=
+        options_.streaming_bytes;
+    const RowKernels& kernels = row_kernels();
+    const auto copy = is_streaming ? kernels.copy_streaming : kernels.copy;
+    const int experts_per_rank = routing.experts_per_rank();
+
+    // Which experts are local, and what their weights are, is seen from the destination.
+    const bool has_columns = !routing.expand && bytes.weights + bytes.idx > 0;
+    const auto push_columns = [&](size_t token, int rank, char* weights, char* idx) {
+        for (size_t slot = 0; slot < num_topk; ++slot) {
+            const size_t at = token * num_topk + slot;
+            const int64_t expert = routing.expert(at);
+            const bool is_local = expert >= 0 && expert / experts_per_rank == rank;
+            const int64_t local = is_local ? expert % experts_per_rank : -1;
+            const auto narrow = static_cast<int32_t>(local);
+            if (bytes.idx == 8) std::memcpy(idx + 8 * slot, &local, 8);
+            if (bytes.idx == 4) std::memcpy(idx + 4 * slot, &narrow, 4);
+            if (is_local)
+                copy_small(weights + slot * bytes.weights, args.weights + at * bytes.weights,
+                           bytes.weights);
+            else
+                std::memset(weights + slot * bytes.weights, 0, bytes.weights);
+        }
+    };
+    const auto push_range = [&](int64_t begin, int64_t end) {
+        for (auto token = static_cast<size_t>(begin); token < static_cast<size_t>(end); ++token) {
+            const char* source = args.x + token * bytes.x;
+            for (size_t at = token * num_topk; at < (token + 1) * num_topk; ++at) {
+                const int rank = args.routes.rank[at];
+                if (rank < 0) break;
+                const Target& target = targets[static_cast<size_t>(rank)];
+                const auto row = static_cast<size_t>(args.routes.row[at]);
+                copy(target.rows + row * bytes.x, source, bytes.x);
+                if (bytes.scales != 0)
+                    std::memcpy(target.rows + target.sections.scales + row * bytes.scales,
+                                args.scales + token * bytes.scales, bytes.scales);
+                char* weights = target.rows + target.sections.weights;
+                if (has_columns) {
+                    push_columns(token, rank, weights + row * bytes.weights * num_topk,
+                                 target.rows + target.sections.idx + row * bytes.idx * num_topk);
+                } else if (bytes.weights != 0) {
+                    const auto slot = static_cast<size_t>(args.routes.slot[at]);
+                    copy_small(weights + row * bytes.weights,
+                               args.weights + (token * num_topk + slot) * bytes.weights,
+                               bytes.weights);
+                }
+            }
+        }
+        if (is_streaming) stream_fence();
+    };
+    workers_.run(routing.num_tokens, kTokensPerThread, push_range);
+}
+
+void Exchange::clear_padding(const DispatchArgs& args, const Dispatched& result) {
+    if (!args.routing.expand || args.routing.alignment == 1) return;
+    const RowBytes& bytes = args.row_bytes;
+    const Sections sections(bytes, result.num_rows_per_rank[static_cast<size_t>(rank_)],
+                            args.routing.num_topk, true);
+    char* start = result.block->data();
+    size_t row = 0;
+    for (int64_t valid : result.valid_per_expert) {
+        const size_t first = row + static_cast<size_t>(valid);
+        row += round_up(static_cast<size_t>(valid), static_cast<size_t>(args.routing.alignment));
+        std::memset(start + first * bytes.x, 0, (row - first) * bytes.x);
+        std::memset(start + sections.scales + first * bytes.scales, 0,
+                    (row - first) * bytes.scales);
+        std::memset(start + sections.weights + first * bytes.weights, 0,
+                    (row - first) * bytes.weights);
+    }
+}
+
+// -- combine --------------------------------------------------------------------------------------
+
+bool Exchange::combine(const CombineArgs& args) {
+    const std::lock_guard lock(mutex_);
+    begin(kCombine, args.call);
+    Post& post = meeting_->own_post();
+    Staged staged{};
+    try {
+        staged = stage(args);
+    } catch (const std::exception& exception) {
+        post.error_kind = kNoMemory;
+        std::strncpy(post.error, exception.what(), kErrorBytes - 1);
+        post.error[kErrorBytes - 1] = 0;
+    }
+    post.rows_offset = staged.rows_offset;
+    post.weights_offset = staged.weights_offset;
+    if (!meet()) return false;
+    pull(args);
+    meeting_->finish();
+    if (staged.block != nullptr) lent_.push_back(staged.block);
+    if (staged.is_borrowed) meeting_->wait_finished();
+    return true;
+}
+
+/// Put what peers will read into the arena; rows that are there already stay where they are.
+Exchange::Staged Exchange::stage(const CombineArgs& args) {
+    const size_t row_bytes = args.hidden * item_size(args.dtype);
+    const auto num_rows = static_cast<size_t>(args.num_rows);
+    const size_t columns = args.expand ? 1 : static_cast<size_t>(args.num_topk);
+    const size_t weight_bytes = num_rows * args.weight_bytes * columns;
+    Staged staged{nullptr, kNoPlace, kNoPlace, false};
+    staged.is_borrowed = num_rows > 0 && arena_->contains(args.x);
+    const size_t copied = staged.is_borrowed ? 0 : round_up(num_rows * row_bytes, 64);
+    if (copied + weight_bytes > 0) staged.block = arena_->allocate(copied + weight_bytes);
+    if (staged.is_borrowed) {
+        staged.rows_offset = arena_->offset_of(args.x);
+    } else if (copied > 0) {
+        staged.rows_offset = staged.block->offset();
+        const bool is_streaming = copied >= options_.streaming_bytes;
+        const RowKernels& kernels = row_kernels();
+        const auto copy = is_streaming ? kernels.copy_streaming : kernels.copy;
+        workers_.run(args.num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
+            copy(staged.block->data() + static_cast<size_t>(begin) * row_bytes,
+                 args.x + static_cast<size_t>(begin) * row_bytes,
+                 static_cast<size_t>(end - begin) * row_bytes);
+            if (is_streaming) stream_fence();
+        });
+    }
+    if (weight_bytes > 0) {
+        staged.weights_offset = staged.block->offset() + copied;
+        std::memcpy(staged.block->data() + copied, args.weights, weight_bytes);
+    }
+    return staged;
+}
+
+void Exchange::pull(const CombineArgs& args) {
+    const size_t row_bytes = args.hidden * item_size(args.dtype);
+    const auto num_topk = static_cast<size_t>(args.num_topk);
+    const bool is_streaming =
+        static_cast<size_t>(args.num_tokens) * row_bytes >= options_.streaming_bytes;
+    std::vector<const char*> rows, weights;
+    for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
+        const Post& post = meeting_->post_of(rank);
+        Segment& segment = *segments_[static_cast<size_t>(rank)];
+        if (rank != rank_) segment.populate(std::min<size_t>(post.committed, segment.num_bytes()));
+        const auto at = [&](uint64_t offset) -> const char* {
+            return offset == kNoPlace ? nullptr : segment.base() + offset;  // no row comes from it
+        };
+        rows.push_back(at(post.rows_offset));
+        weights.push_back(at(post.weights_offset));
+    }
+    const RowKernels& kernels = row_kernels();
+    workers_.run(args.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+        const void* addends[kMaxTopk];
+        int group_ends[kMaxTopk];
+        for (auto token = static_cast<size_t>(begin); token < static_cast<size_t>(end); ++token) {
+            const int32_t* ranks = args.routes.rank + token * num_topk;
+            const int32_t* places = args.routes.row + token * num_topk;
+            int num_rows = 0, num_groups = 0;
+            for (; num_rows < args.num_topk && ranks[num_rows] >= 0; ++num_rows) {
+                if (num_rows > 0 && ranks[num_rows] != ranks[num_rows - 1])
+                    group_ends[num_groups++] = num_rows;
+                addends[num_rows] = rows[static_cast<size_t>(ranks[num_rows])] +
+                                    static_cast<size_t>(places[num_rows]) * row_bytes;
+            }
+            if (num_rows > 0) group_ends[num_groups++] = num_rows;
+            if (token + 1 < static_cast<size_t>(end)) {
+                // The next token's rows are scattered: no hardware prefetcher finds their start.
+                for (size_t at = num_topk; at < 2 * num_topk && ranks[at] >= 0; ++at)
+                    prefetch_row(rows[static_cast<size_t>(ranks[at])] +
+                                 static_cast<size_t>(places[at]) * row_bytes);
+            }
+            const auto bias = [&](const char* bias) -> const void* {
+                return bias == nullptr ? nullptr : bias + token * row_bytes;
+            };
+            kernels.reduce(args.dtype, args.out + token * row_bytes, addends, group_ends,
+                           num_groups, bias(args.bias_0), bias(args.bias_1), args.hidden,
+                           is_streaming);
+        }
+        if (is_streaming) stream_fence();
+    });
+    if (args.weight_bytes == 4) pull_weights<float>(args, weights);
+    if (args.weight_bytes == 8) pull_weights<double>(args, weights);
+}
+
+template <class Weight>
+void Exchange::pull_weights(const CombineArgs& args, const std::vector<const char*>& peers) {
+    const auto num_topk = static_cast<size_t>(args.num_topk);
+    auto* out = reinterpret_cast<Weight*>(args.out_weights);
+    std::fill_n(out, static_cast<size_t>(args.num_tokens) * num_topk, Weight{0});
+    for (size_t token = 0; token < static_cast<size_t>(args.num_tokens); ++token) {
+        Weight* sums = out + token * num_topk;
+        for (size_t at = token * num_topk; at < (token + 1) * num_topk; ++at) {
+            const int rank = args.routes.rank[at];
+            if (rank < 0) break;
+            const auto* from = reinterpret_cast<const Weight*>(peers[static_cast<size_t>(rank)]);
+            const auto row = static_cast<size_t>(args.routes.row[at]);
+            if (args.expand) {
+                sums[args.routes.slot[at]] = from[row];
+                continue;
+            }
+            // The first addend replaces the zero: -0.0 must survive.
+            const bool is_first = at == token * num_topk;
+            for (size_t slot = 0; slot < num_topk; ++slot) {
+                const Weight value = from[row * num_topk + slot];
+                sums[slot] = is_first ? value : sums[slot] + value;
+            }
+        }
+    }
+}
+
+void Exchange::close() {
+    const std::lock_guard lock(mutex_);
+    lent_.clear();
+    own_->unlink();
+    if (meeting_ != nullptr) meeting_->leave();
+}
+
+}  // namespace ep

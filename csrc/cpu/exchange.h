@@ -1,0 +1,137 @@
+#pragma once
+// Dispatch and combine between the ranks of one host: every row goes straight to its address.
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/arena.h"
+#include "cpu/meeting.h"
+#include "cpu/plan.h"
+#include "cpu/rows.h"
+#include "cpu/workers.h"
+
+namespace ep {
+
+struct ExchangeOptions {
+    size_t max_bytes;        // of shared memory for rows
+    size_t max_view_bytes;   // beyond it received rows are to be copied out
+    size_t streaming_bytes;  // calls that move as many bytes use non-temporal stores
+    int num_threads;
+    WaitOptions wait;
+};
+
+/// Sizes of what belongs to one row; 0 where a part is absent.
+struct RowBytes {
+    size_t x;
+    size_t scales;
+    size_t weights;  // of one weight
+    size_t idx;      // of one expert index
+};
+
+/// Where the parts of `num_rows` received rows lie in a block.
+struct Sections {
+    Sections(const RowBytes& row, int64_t num_rows, int num_topk, bool expand);
+    size_t scales, weights, idx, end;
+};
+
+struct DispatchArgs {
+    uint32_t operation;  // dispatch or cached dispatch
+    std::vector<int64_t> call;
+    Routing routing;                         // cached: without topk_idx
+    Routes routes;                           // written by a dispatch, read by a cached one
+    std::vector<int64_t> num_rows_per_rank;  // cached only
+    std::vector<int64_t> valid_per_expert;   // cached only, of this rank's experts
+    RowBytes row_bytes;
+    const char* x;
+    const char* scales;
+    const char* weights;  // [T, K]
+};
+
+struct Dispatched {
+    bool is_agreed = false;
+    std::shared_ptr<Block> block;  // null without rows
+    bool must_copy = false;        // too many bytes are in views already
+    std::vector<int64_t> num_rows_per_rank;
+    std::vector<int64_t> num_tokens_per_rank;       // this rank's, by destination
+    std::vector<int64_t> num_recv_tokens_per_rank;  // by source
+    std::vector<int64_t> valid_per_expert;          // of this rank's experts
+};
+
+struct CombineArgs {
+    std::vector<int64_t> call;
+    Routes routes;
+    int64_t num_tokens;
+    int num_topk;
+    bool expand;
+    int64_t num_rows;  // of x
+    DType dtype;
+    size_t hidden;
+    size_t weight_bytes;  // 0, 4 or 8
+    const char* x;
+    const char* weights;
+    const char* bias_0;
+    const char* bias_1;
+    char* out;          // [T, hidden]
+    char* out_weights;  // [T, K]
+};
+
+/// One rank's end. Calls are collective and come in the same order on all ranks; they are
+/// serialised, release nothing of Python, and throw as Meeting does.
+class Exchange {
+ public:
+    struct Report {
+        std::vector<int64_t> call;
+        std::string error;  // "" if the rank reports none
+        bool is_out_of_memory;
+    };
+
+    Exchange(std::string folder, std::string name, int rank, int num_ranks, ExchangeOptions);
+    /// Map the peers' segments, `names` by rank. The name of this rank's stays until unlink().
+    void attach(const std::vector<std::string>& names);
+    void unlink() { own_->unlink(); }
+    /// Make `num_bytes` of the arena ready.
+    void reserve(size_t num_bytes) { arena_->reserve(num_bytes); }
+
+    Dispatched dispatch(const DispatchArgs& args);
+    /// Whether the ranks agreed; if not, nothing was written.
+    bool combine(const CombineArgs& args);
+    /// Take part in a call only to say why this rank cannot.
+    void report_failure(uint32_t operation, const std::string& error);
+    /// What each rank said of the last call: its description, and its error.
+    std::vector<Report> reports() const;
+
+    void close();
+    size_t committed() const { return arena_->committed(); }
+    size_t num_bytes_in_use() const { return arena_->num_bytes_in_use(); }
+
+ private:
+    struct Target;
+    struct Staged;
+    void begin(uint32_t operation, const std::vector<int64_t>& call);
+    bool meet();
+    Dispatched plan(const DispatchArgs& args, Totals& totals) const;
+    std::vector<char*> places(const DispatchArgs& args,
+                              const std::vector<int64_t>& num_rows,
+                              std::shared_ptr<Block>& block);
+    void push(const DispatchArgs& args, const std::vector<Target>& targets);
+    void clear_padding(const DispatchArgs& args, const Dispatched& result);
+    Staged stage(const CombineArgs& args);
+    void pull(const CombineArgs& args);
+    template <class Weight>
+    void pull_weights(const CombineArgs& args, const std::vector<const char*>& peers);
+
+    const int rank_;
+    const std::string folder_;
+    const ExchangeOptions options_;
+    std::shared_ptr<Segment> own_;
+    std::shared_ptr<Arena> arena_;
+    std::vector<std::shared_ptr<Segment>> segments_;
+    std::unique_ptr<Meeting> meeting_;
+    std::vector<std::shared_ptr<Block>> lent_;  // peers may read them until they post the next call
+    Workers workers_;
+    std::mutex mutex_;
+};
+
+}  // namespace ep

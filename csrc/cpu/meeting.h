@@ -1,0 +1,80 @@
+#pragma once
+// How the ranks of one host meet: posts, flags, and waits that end with an answer or with a name.
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/control.h"
+#include "cpu/segment.h"
+
+namespace ep {
+
+/// Called every 50 ms of a wait, without the GIL; throws to end it (Ctrl-C).
+using InterruptCheck = std::function<void()>;
+
+struct WaitOptions {
+    double timeout_seconds;
+    int num_yields;  // sched_yield() calls before a wait sleeps: where ranks outnumber cores
+    int num_spins;   // pauses before that: where each rank has a core
+    InterruptCheck check_interrupt;
+};
+
+/// One rank's view of all segments' control parts. Not thread-safe: one call at a time.
+class Meeting {
+ public:
+    Meeting(int rank, std::vector<std::shared_ptr<Segment>> segments, WaitOptions options);
+
+    /// Begin the next call. Throws if an earlier one broke down or this process is a fork.
+    void begin(uint32_t operation);
+    uint32_t epoch() const { return epoch_; }
+
+    /// This rank's post of the current call, to be filled in before post().
+    Post& own_post() { return control(rank_).posts[epoch_ % 2]; }
+    const Post& post_of(int rank) const { return control(rank).posts[epoch_ % 2]; }
+    void post();
+    void wait_posted();
+    /// Whether no rank reports an error and all describe the same call.
+    bool is_agreed() const;
+
+    void grant(uint64_t rows_offset, uint64_t committed, const std::string& error);
+    /// The grant of `rank` in the current call, waited for.
+    const Grant& granted_by(int rank);
+
+    void finish();
+    void wait_finished();
+    /// Whether all ranks have finished this rank's last call, as far as is seen without waiting.
+    bool is_finished() const;
+
+    int rank() const { return rank_; }
+    int num_ranks() const { return static_cast<int>(segments_.size()); }
+    /// Let the others know that this rank will not come again.
+    void leave();
+
+ private:
+    Control& control(int rank) const {
+        return *reinterpret_cast<Control*>(segments_[rank]->base());
+    }
+    void raise_in_peers(Flag (Control::*flags)[kMaxRanks]);
+    void wait_for(Flag (Control::*flags)[kMaxRanks], const char* phase);
+    using IsMissing = std::function<bool(int rank)>;
+    template <class Sleep>
+    void wait(const std::atomic<uint32_t>& word,
+              const char* phase,
+              const IsMissing& is_missing,
+              Sleep sleep);
+    void look_around(const char* phase, const IsMissing& is_missing, double start);
+    [[noreturn]] void break_down(const std::string& reason);
+    std::string describe(int peer) const;
+    std::string operation_name() const { return kOperations[operation_]; }
+
+    const int rank_;
+    const std::vector<std::shared_ptr<Segment>> segments_;
+    const WaitOptions options_;
+    const int process_;
+    uint32_t epoch_ = 0;
+    uint32_t operation_ = 0;
+    std::string broken_;
+};
+
+}  // namespace ep
