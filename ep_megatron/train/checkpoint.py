@@ -89,12 +89,27 @@ def load_checkpoint(run: Run, folder: Path) -> Path:
     )
     for key, model in _named(run.models):
         unwrap_model(model).load_state_dict(state[key])
+    _add_missing_steps(run.optimizer, state["optimizer"], state["iteration"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.iteration = state["iteration"]
     if same_layout:
         _restore_random_states(state["random_states"])
     return path
+
+
+def _add_missing_steps(optimizer: Any, state: dict[str, Any], iteration: int) -> None:
+    """Give torch's Adam its `step` where the checkpoint has none.
+
+    Megatron keeps the step among what rank 0 saves. If rank 0's pipeline stage has no experts, that
+    lacks the step of the experts' optimizer, which other stages need.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = [state] if len(chained) == 1 else [state[index] for index in range(len(chained))]
+    for one, part in zip(chained, parts, strict=True):
+        inner = part.get("optimizer", part).get("state")
+        if inner and isinstance(one.optimizer, torch.optim.Adam):
+            inner.setdefault("common_step", torch.tensor(float(iteration)))
 
 
 def _named(models: list[Any]) -> list[tuple[str, Any]]:

@@ -182,10 +182,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             key = _SYNONYMS.get(key, key)
-            values[key] = yaml.safe_load(text) if equals else True
+            values[key] = _read(text) if equals else True
             waiting = None if equals else key
         elif waiting is not None:
-            values[waiting] = yaml.safe_load(word)
+            values[waiting] = _read(word)
             waiting = None
         else:
             raise ValueError(
@@ -193,6 +193,14 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                 "as one quoted word"
             )
     return values
+
+
+def _read(text: str) -> Any:
+    """Return a command-line value as YAML reads it; text that is no YAML, as it stands."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _describe(problem: Any) -> str:
