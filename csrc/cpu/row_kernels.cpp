@@ -3,10 +3,6 @@
 //
 // All but that table has internal linkage and no library template is used: a function shared
 // between the builds would be kept by the linker in one copy only, perhaps the one for AVX-512.
-//
-// A 16-bit row is added without widening it: a 32-bit word holds two elements, one moved to the top
-// of a float32 by a shift, the other by a mask, and the two sums meet again in one word when
-// stored.
 #include <cstddef>
 #include <cstdint>
 
@@ -16,8 +12,7 @@
 namespace ep {
 namespace {
 
-// Left alone the compiler makes calls of the inner loops and keeps the sums in memory, not
-// registers.
+// Left alone the compiler calls the inner loops and keeps the sums in memory, at half the speed.
 #define EP_ALWAYS_INLINE __attribute__((always_inline))
 
 constexpr int kLineBytes = 64;

@@ -2,16 +2,14 @@
 // Vectors of the row kernels, and how each dtype is read into accumulators and rounded back. Part
 // of row_kernels.cpp and of no other source: its names are local to each build of that file.
 //
-// A 16-bit row is added without widening it: a 32-bit word holds two elements, one moved to the top
-// of a float32 by a shift, the other by a mask, and the two sums meet again in one word when
-// stored.
+// A bfloat16 row is added without widening it: a 32-bit word holds two elements, one moved to the
+// top of a float32 by a shift, the other by a mask; the two sums share a word again when stored.
 #include <cstdint>
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's header, in undefined vectors
-#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop

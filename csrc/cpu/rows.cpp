@@ -33,7 +33,8 @@ bool has_avx512() {
 
 // Slowest first, each running all that the one before it needs.
 std::vector<const RowKernels*> find_usable() {
-    std::vector<const RowKernels*> usable = {&row_kernels_baseline};
+    std::vector<const RowKernels*> usable;
+    usable.push_back(&row_kernels_baseline);
 #if defined(__x86_64__)
     if (has_avx2()) usable.push_back(&row_kernels_avx2);
     if (has_avx2() && has_avx512()) usable.push_back(&row_kernels_avx512);
