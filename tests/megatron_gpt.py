@@ -35,6 +35,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     num_steps: int = 50
+    num_microbatches: int = 1
+    patched_spec: bool = False
 
 
 @contextlib.contextmanager
@@ -45,7 +47,8 @@ def model_parallel(layout: Layout) -> Iterator[None]:
 
     from ep_megatron.megatron import host
 
-    with host.without_cuda():
+    # Compiling Megatron's small fused functions would take longer than the tests.
+    with host.without_cuda(), torch.compiler.set_stance("force_eager"):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -170,7 +173,7 @@ def _forward_step(
     return call(inputs, positions, mask, labels=labels), loss_of
 
 
-def train(layout: Layout, case: Case, patched_spec: bool = False) -> list[float]:
+def train(layout: Layout, case: Case) -> list[float]:
     """Train inside `model_parallel(layout)`; return this rank's loss of every microbatch.
 
     Collective. Ranks that are not the last pipeline stage return an empty list.
@@ -185,12 +188,11 @@ def train(layout: Layout, case: Case, patched_spec: bool = False) -> list[float]
     model_parallel_cuda_manual_seed(SEED)
     config = make_config(case, layout)
     spec = moe_layer_spec(config)
-    model, optimizer = _build_model(config, patch_spec(spec) if patched_spec else spec)
+    model, optimizer = _build_model(config, patch_spec(spec) if case.patched_spec else spec)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     losses: list[float] = []
-    num_microbatches = 2 if layout.pp > 1 else 1
-    data = _batches(case.num_steps, num_microbatches)
+    data = _batches(case.num_steps, case.num_microbatches)
     for _ in range(case.num_steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -198,7 +200,7 @@ def train(layout: Layout, case: Case, patched_spec: bool = False) -> list[float]
             forward_step_func=functools.partial(_forward_step, losses),
             data_iterator=data,
             model=[model],
-            num_microbatches=num_microbatches,
+            num_microbatches=case.num_microbatches,
             seq_length=SEQUENCE,
             micro_batch_size=2,
             forward_only=False,

@@ -12,8 +12,8 @@ Rows arrive grouped by local expert, so Megatron's permute and unpermute fall aw
 The experts multiply by the weights (or their input by them, with `moe_apply_probs_on_input`); the
 dispatcher never does. What the backward passes need travels in autograd's contexts, so a forward of
 one microbatch may come between forward and backward of another, as in Megatron's combined 1F1B.
-Between `token_dispatch` and `token_combine` of one forward the handle is kept here, because
-Megatron's signatures have no place for it.
+Between `token_dispatch` and `token_combine` of one forward the handle is kept here (and with 1F1B
+overlap the rows, see stand_in.py), because Megatron's signatures have no place for it.
 
 Shape letters: T tokens, H hidden, E experts, L local experts, K top-k, N rows received.
 """
@@ -31,6 +31,7 @@ from torch.distributed import ProcessGroup
 from ep_megatron.autograd import fused_combine, fused_dispatch
 from ep_megatron.buffer import Buffer
 from ep_megatron.handle import DispatchHandle
+from ep_megatron.megatron import stand_in
 from ep_megatron.megatron.routing import repeat_for_tensor_parallel, select_slots
 
 # Layers share the buffer of their group. The dispatchers own it: when the last one of a group goes,
@@ -107,6 +108,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self.cudagraph_attrs = ["topk_idx"]
         self._comm_manager = OverlapProbs()
         self._handle: DispatchHandle | None = None
+        self._hidden_rows: Tensor | None = None
 
     @functools.cached_property
     def buffer(self) -> Buffer:
@@ -152,7 +154,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             probs: `[T, K * TP]`, from `dispatch_preprocess`.
 
         Returns:
-            rows: `[N, H]` grouped by local expert.
+            rows: `[N, H]` grouped by local expert; with `overlap_moe_expert_parallel_comm` a tensor
+                of that shape which only `dispatch_postprocess` turns into the rows.
             row_weights: `[N]`, the dtype of `probs`, 0 on padding rows.
         """
         assert self.topk_idx is not None  # set by dispatch_preprocess
@@ -169,6 +172,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         )
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(rows)
+        if self.config.overlap_moe_expert_parallel_comm:
+            rows, self._hidden_rows = stand_in.hide(rows)
         assert row_weights is not None  # as weights were given
         return rows, row_weights
 
@@ -177,6 +182,9 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows `[N, H]`, tokens_per_expert `[L]` int64 on the CPU and weights `[N]`."""
         counts = self._current_handle("dispatch_postprocess").num_recv_tokens_per_expert
+        if self._hidden_rows is not None:
+            hidden_states = stand_in.show(hidden_states, self._hidden_rows)
+            self._hidden_rows = None
         return hidden_states, torch.tensor(counts, dtype=torch.int64, device="cpu"), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
