@@ -92,6 +92,7 @@ def build_layer_specs(config: Any, transformer_impl: str | None, vp_stage: int |
     """
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
+        get_gpt_decoder_layer_specs,
         get_gpt_mtp_block_spec,
     )
 
@@ -106,9 +107,13 @@ def build_layer_specs(config: Any, transformer_impl: str | None, vp_stage: int |
             block.layer_norm = RMSNorm
     mtp = None
     if config.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec(
-            config, block, use_transformer_engine=engine, vp_stage=vp_stage
-        )
+        # A stage may hold MTP layers alone; they are like the last decoder layer.
+        last = block
+        if not block.layer_specs:
+            last = get_gpt_decoder_layer_specs(config, engine, config.normalization)[-1]
+            if not engine:
+                _use_torch_modules(last, config.normalization)
+        mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=engine, vp_stage=vp_stage)
     return block, mtp
 
 
