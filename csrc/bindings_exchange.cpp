@@ -154,6 +154,7 @@ void bind_exchange(py::module_& m) {
         .def("combine", &combine, "call"_a, "sizes"_a, "addresses"_a)
         .def("report_failure", &Exchange::report_failure, "operation"_a, "error"_a, no_gil)
         .def("reports", &Exchange::reports)
+        .def("allocate", &Exchange::allocate, "num_bytes"_a, no_gil)
         .def("close", &Exchange::close, no_gil)
         .def_property_readonly("committed", &Exchange::committed)
         .def_property_readonly("num_bytes_in_use", &Exchange::num_bytes_in_use);

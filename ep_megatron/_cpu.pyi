@@ -1,5 +1,7 @@
 """The compiled CPU side (csrc/bindings_cpu.cpp). Addresses are not checked."""
 
+from collections.abc import Sequence
+
 def row_kernel_names() -> list[str]:
     """Name the builds of the row kernels that this CPU runs, slowest first."""
 
@@ -17,3 +19,72 @@ def reduce_rows(
 
 def copy_row(isa: str, out_ptr: int, row_ptr: int, num_bytes: int, streaming: bool) -> None:
     """Copy a row with one build of the kernels, for tests; see csrc/cpu/rows.h."""
+
+MAX_RANKS: int
+MAX_EXPERTS: int
+
+class Block:
+    """Memory of the arena, through the buffer protocol; returned when the object dies."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Dispatched:
+    """What a dispatch found out, and the block its rows lie in."""
+
+    is_agreed: bool
+    block: Block
+    must_copy: bool
+    num_rows_per_rank: list[int]
+    num_tokens_per_rank: list[int]
+    num_recv_tokens_per_rank: list[int]
+    valid_per_expert: list[int]
+
+    def sections(
+        self, rows: dict[str, int], num_rows: int, num_topk: int, expand: bool
+    ) -> tuple[int, int, int]:
+        """Return where scales, weights and expert ids start in the block."""
+
+class Report:
+    """One rank's word on a call."""
+
+    call: list[int]
+    error: str
+    is_out_of_memory: bool
+
+class Exchange:
+    """One rank's end of the shared-memory backend; see csrc/cpu/exchange.h."""
+
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        rank: int,
+        num_ranks: int,
+        max_bytes: int,
+        max_view_bytes: int,
+        streaming_bytes: int,
+        num_threads: int,
+        timeout: float,
+        has_core_per_rank: bool,
+    ) -> None: ...
+    def attach(self, names: Sequence[str]) -> None: ...
+    def unlink(self) -> None: ...
+    def reserve(self, num_bytes: int) -> None: ...
+    def dispatch(
+        self, call: list[int], routing: dict[str, object], rows: dict[str, int], routes: int
+    ) -> Dispatched: ...
+    def combine(
+        self, call: list[int], sizes: dict[str, int], addresses: dict[str, int]
+    ) -> bool: ...
+    def report_failure(self, operation: int, error: str) -> None: ...
+    def reports(self) -> list[Report]: ...
+    def allocate(self, num_bytes: int) -> Block | None: ...
+    def close(self) -> None: ...
+    @property
+    def committed(self) -> int: ...
+    @property
+    def num_bytes_in_use(self) -> int: ...
+
+def remove_stale_segments(folder: str, prefix: str) -> int:
+    """Remove segments whose owner died before it could; return how many."""

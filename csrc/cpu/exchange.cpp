@@ -458,6 +458,15 @@ void Exchange::pull_weights(const CombineArgs& args, const std::vector<const cha
     }
 }
 
+std::shared_ptr<Block> Exchange::allocate(size_t num_bytes) {
+    if (arena_->num_bytes_in_use() + num_bytes > options_.max_view_bytes) return nullptr;
+    try {
+        return arena_->allocate(num_bytes);
+    } catch (const std::exception&) {
+        return nullptr;  // ordinary memory will do
+    }
+}
+
 void Exchange::close() {
     const std::lock_guard lock(mutex_);
     lent_.clear();

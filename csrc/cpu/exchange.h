@@ -102,6 +102,10 @@ class Exchange {
     /// What each rank said of the last call: its description, and its error.
     std::vector<Report> reports() const;
 
+    /// Memory for a tensor of this rank's own, warm where fresh memory would have to be faulted in
+    /// page by page; null when views hold as much as they may.
+    std::shared_ptr<Block> allocate(size_t num_bytes);
+
     void close();
     size_t committed() const { return arena_->committed(); }
     size_t num_bytes_in_use() const { return arena_->num_bytes_in_use(); }

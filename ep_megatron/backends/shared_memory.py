@@ -28,6 +28,8 @@ from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import DispatchHandle
 
 _SUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
+_MIN_ARENA_BYTES = MIB
 _MAX_THREADS = 4  # by default; memory bandwidth is shared by all ranks
 
 
@@ -151,7 +153,7 @@ class SharedMemoryBackend:
     ) -> tuple[Tensor, Tensor | None]:
         """See `Backend.combine`."""
         x, weights = rows.x, rows.topk_weights
-        out = x.new_empty(handle.num_tokens, x.shape[1])
+        out = self._new_rows(handle.num_tokens, x)
         out_weights = None
         if weights is not None:
             out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
@@ -197,6 +199,15 @@ class SharedMemoryBackend:
     def num_bytes_in_use(self) -> int:
         """Bytes of it that tensors view, or that peers may still read."""
         return self._exchange.num_bytes_in_use
+
+    def _new_rows(self, num_rows: int, like: Tensor) -> Tensor:
+        """Return uninitialised `[num_rows, H]`, in the arena where that is worth it."""
+        num_bytes = num_rows * like.shape[1] * like.element_size()
+        block = self._exchange.allocate(num_bytes) if num_bytes >= _MIN_ARENA_BYTES else None
+        if block is None:
+            return like.new_empty(num_rows, like.shape[1])
+        count = num_rows * like.shape[1]
+        return torch.frombuffer(block, dtype=like.dtype, count=count).view(num_rows, -1)
 
     def _dispatch(
         self,
