@@ -68,8 +68,14 @@ def _train_without_cuda() -> None:
     dist.init_process_group = _over_gloo(dist.init_process_group)
     dist.barrier = _without(dist.barrier, "device_ids")
 
-    import megatron.training.training as training
-
+    try:
+        import megatron.training.training as training
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pretrain_gpt: expected megatron.training beside the script or installed, got "
+            f"'{error}'; give the script of a Megatron-LM checkout, or install megatron-core "
+            "0.19 or later"
+        ) from error
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
