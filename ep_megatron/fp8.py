@@ -33,9 +33,9 @@ def quantize(
     * `"float32"`: `scale = amax / 448`, `data = x * (448 / amax)`;
     * `"ue8m0"`: `scale` is the smallest power of two not below `amax / 448`, `data = x / scale`.
 
-    All in float32, each operation rounded to nearest even, `data` to e4m3 likewise and saturated at
-    +-448. A block that holds a NaN or an infinity, neither of which can be scaled, becomes NaN as a
-    whole (every byte 0x7f, scale NaN); no other block of the row is touched by it.
+    All in float32, each operation rounded to nearest even, and `data` to e4m3 likewise; it never
+    exceeds 448. A block that holds a NaN or an infinity, neither of which can be scaled, becomes
+    NaN as a whole (every byte 0x7f, scale NaN); no other block of the row is touched by it.
 
     Not differentiable, not collective, and does not wait for the device.
 
@@ -81,8 +81,8 @@ def quantize(
     else:
         scales = amax / limit
         scaled = blocks * (limit / amax)
-    # torch rounds beyond 464 to NaN instead of saturating; where() also fixes the sign of NaNs.
-    scaled = torch.where(is_finite, scaled.clamp(-MAX_E4M3, MAX_E4M3), torch.nan)
+    # No magnitude exceeds 448 by more than two float32 roundings, so e4m3 saturates by rounding.
+    scaled = torch.where(is_finite, scaled, torch.nan)  # one NaN, whatever signs x had
     return scaled.to(torch.float8_e4m3fn).flatten(-2), scales.squeeze(-1)
 
 
@@ -121,9 +121,9 @@ def error_bound(
 ) -> torch.Tensor:
     """Bound |x - dequantize(quantize(x))| element by element.
 
-    The relative error is at most 2^-4 where |x| is at least 2^-6 scale (normal e4m3 numbers); below,
-    the absolute error is at most 2^-10 scale, which is 2^-10 / 448 of the largest magnitude of the
-    block (ue8m0: twice that). Float32 roundings add 2^-21 of |x|, and `dtype` adds its own.
+    The relative error is at most 2^-4 where |x| is at least 2^-6 scale (normal e4m3 numbers). Below
+    that the absolute error is at most 2^-10 scale, which is 2^-10 / 448 of the largest magnitude
+    of the block (ue8m0: twice that). Float32 roundings add 2^-21 |x|, `dtype` adds its own.
 
     Holds while the result does not overflow `dtype`: a ue8m0 block whose largest magnitude is
     within 1/32 of the largest number of `dtype` may round up to infinity.
