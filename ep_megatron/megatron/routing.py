@@ -28,21 +28,17 @@ def select_slots(routing_map: Tensor, probs: Tensor, num_topk: int) -> tuple[Ten
     Raises:
         ValueError: on a CPU, if a token has more than K experts.
     """
-    if routing_map.device.type == "cpu":
-        topk_idx = _slots_on_cpu(routing_map, num_topk)
-    else:
-        topk_idx = _slots_without_sync(routing_map, num_topk)
+    is_cpu = routing_map.device.type == "cpu"
+    find_slots = _slots_on_cpu if is_cpu else _slots_without_sync
+    topk_idx, are_all_used = find_slots(routing_map, num_topk)
     weight_dtype = torch.float64 if probs.dtype == torch.float64 else torch.float32
-    if topk_idx.numel() == 0:
+    if are_all_used:
         return topk_idx, probs.gather(1, topk_idx).to(weight_dtype)
-    is_unused = topk_idx < 0
-    if routing_map.device.type == "cpu" and not is_unused.any():
-        return topk_idx, probs.gather(1, topk_idx).to(weight_dtype)
-    weights = probs.gather(1, topk_idx.clamp(min=0)).masked_fill(is_unused, 0)
+    weights = probs.gather(1, topk_idx.clamp(min=0)).masked_fill(topk_idx < 0, 0)
     return topk_idx, weights.to(weight_dtype)
 
 
-def _slots_on_cpu(routing_map: Tensor, num_topk: int) -> Tensor:
+def _slots_on_cpu(routing_map: Tensor, num_topk: int) -> tuple[Tensor, bool]:
     # numpy scans a bool array for true entries three times faster than Tensor.nonzero and ten times
     # faster than torch.topk.
     num_tokens, num_experts = routing_map.shape
@@ -51,7 +47,7 @@ def _slots_on_cpu(routing_map: Tensor, num_topk: int) -> Tensor:
         topk_idx = picks.reshape(num_tokens, num_topk)
         topk_idx = topk_idx - np.arange(0, num_tokens * num_experts, num_experts)[:, None]
         if picks.size == 0 or (topk_idx.min() >= 0 and topk_idx.max() < num_experts):
-            return torch.from_numpy(topk_idx)
+            return torch.from_numpy(topk_idx), True
     tokens, experts = np.divmod(picks, num_experts)
     num_picks = np.bincount(tokens, minlength=num_tokens)
     if num_picks.max(initial=0) > num_topk:
@@ -63,16 +59,16 @@ def _slots_on_cpu(routing_map: Tensor, num_topk: int) -> Tensor:
     slots = np.arange(picks.size) - (np.cumsum(num_picks) - num_picks)[tokens]
     ragged = np.full((num_tokens, num_topk), -1, dtype=np.int64)
     ragged[tokens, slots] = experts
-    return torch.from_numpy(ragged)
+    return torch.from_numpy(ragged), False
 
 
-def _slots_without_sync(routing_map: Tensor, num_topk: int) -> Tensor:
+def _slots_without_sync(routing_map: Tensor, num_topk: int) -> tuple[Tensor, bool]:
     # A distinct key for every routed expert, larger for smaller indices, and 0 elsewhere: topk then
     # has no ties to break among the routed ones, whatever the device.
     num_experts = routing_map.shape[1]
     keys = num_experts - torch.arange(num_experts, dtype=torch.int32, device=routing_map.device)
     largest = torch.topk(torch.where(routing_map, keys, 0), num_topk, dim=1).values.long()
-    return torch.where(largest > 0, num_experts - largest, -1)
+    return torch.where(largest > 0, num_experts - largest, -1), False
 
 
 def repeat_for_tensor_parallel(
