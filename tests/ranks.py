@@ -1,16 +1,17 @@
 """Run a function on several ranks, in a pool of processes per rank count that all tests share."""
 
 import functools
+import multiprocessing as mp
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
@@ -27,9 +28,16 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
             pipe.send((None, traceback.format_exc()))
 
 
+def fresh_processes() -> ForkServerContext:
+    """Return a context whose processes start from one that has torch imported, and nothing run."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "ep_megatron"])
+    return context
+
+
 @functools.cache
 def _pool(num_ranks: int) -> list[Connection]:
-    context, store = mp.get_context("spawn"), tempfile.mkdtemp(prefix="ep_ranks_") + "/store"
+    context, store = fresh_processes(), tempfile.mkdtemp(prefix="ep_ranks_") + "/store"
     pipes = [context.Pipe() for _ in range(num_ranks)]
     for rank, (_, theirs) in enumerate(pipes):
         args = (rank, num_ranks, store, theirs)
