@@ -65,8 +65,6 @@ def _inputs(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _build_layer(variant: Variant) -> Any:
-    from megatron.core.transformer.spec_utils import build_module
-
     from ep_megatron.megatron.plugin import patch_spec
 
     options = {
@@ -79,7 +77,7 @@ def _build_layer(variant: Variant) -> Any:
     }
     config = make_config(Case(options=options | variant.options), variant.layout)
     spec = moe_layer_spec(config).submodules.mlp
-    layer = build_module(patch_spec(spec) if variant.patched_spec else spec, config=config)
+    layer = (patch_spec(spec) if variant.patched_spec else spec)(config=config)
     if variant.pads_for_fp8:
         config.fp8 = "hybrid"  # only after building: Megatron refuses it without Transformer Engine
     return layer

@@ -31,13 +31,11 @@ def _installed() -> Iterator[None]:
 
 def _dispatcher_class(rank: int, case: Case, replace_flex: bool) -> str:
     """Build a MoELayer of the case with the plugin installed; return its dispatcher's class."""
-    from megatron.core.transformer.spec_utils import build_module
-
     with model_parallel(LAYOUT):
         plugin.install(replace_flex=replace_flex)
         try:
             config = make_config(case, LAYOUT)
-            layer = build_module(moe_layer_spec(config).submodules.mlp, config=config)
+            layer = moe_layer_spec(config).submodules.mlp(config=config)
         finally:
             plugin.uninstall()
     return type(layer.token_dispatcher).__name__
@@ -177,9 +175,9 @@ def test_patch_spec_leaves_the_spec_it_was_given() -> None:
     patched = plugin.patch_spec(block, backend="process_group")
     assert _classes(block) == {MoELayer: 1}
     assert _classes(patched) == {plugin.EPMoELayer: 1}
-    assert patched.layer_specs[0] == block.layer_specs[0]
+    assert patched.layer_specs[0] is block.layer_specs[0]
     assert patched.layer_norm is block.layer_norm
-    assert plugin.patch_spec(patched.layer_specs[0]) == patched.layer_specs[0]
+    assert plugin.patch_spec(patched) is patched
 
 
 def _classes(block: Any) -> dict[type, int]:
@@ -207,12 +205,10 @@ def test_patch_spec_takes_the_partials_of_megatron_0_19() -> None:
 
 
 def _build_patched(rank: int, case: Case) -> tuple[str, str, str]:
-    from megatron.core.transformer.spec_utils import build_module
-
     with model_parallel(LAYOUT):
         config = make_config(case, LAYOUT)
         spec = plugin.patch_spec(moe_layer_spec(config).submodules.mlp, backend="process_group")
-        layer = build_module(spec, config=config)
+        layer = spec(config=config)
         dispatcher = layer.token_dispatcher
         return type(dispatcher).__name__, dispatcher.backend, config.moe_token_dispatcher_type
 

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import megatron.core.transformer.moe.moe_layer as megatron_moe_layer
@@ -214,25 +214,40 @@ def patch_spec(spec: Any, backend: str = "auto") -> Any:
     """Return a copy of a layer, block or model spec in which every MoELayer is an EPMoELayer.
 
     Not collective. Takes the specs of Megatron 0.16 (`ModuleSpec`) and 0.19 (`functools.partial`),
-    alone or inside dataclasses, lists and tuples. A spec without a MoELayer comes back equal.
+    alone or inside dataclasses, lists and tuples. Parts without a MoELayer are not copied.
 
     Args:
         spec: what `get_gpt_layer_local_spec`, `get_gpt_decoder_block_spec` and the like return.
         backend: as for `Buffer`.
     """
-    patched = spec
     if spec is MoELayer:
-        patched = functools.partial(EPMoELayer, backend=backend)
-    elif isinstance(spec, functools.partial):
-        options = {name: patch_spec(value, backend) for name, value in spec.keywords.items()}
-        patched = functools.partial(patch_spec(spec.func, backend), *spec.args, **options)
-    elif isinstance(spec, ModuleSpec) and spec.module is MoELayer:
+        return functools.partial(EPMoELayer, backend=backend)
+    if isinstance(spec, ModuleSpec) and spec.module is MoELayer:
         params = {**spec.params, "backend": backend}
-        patched = dataclasses.replace(spec, module=EPMoELayer, params=params)
-    elif isinstance(spec, list | tuple) and type(spec) in (list, tuple):
-        patched = type(spec)(patch_spec(item, backend) for item in spec)
-    elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        patched = copy.copy(spec)
-        for field in dataclasses.fields(spec):
-            setattr(patched, field.name, patch_spec(getattr(spec, field.name), backend))
-    return patched
+        return dataclasses.replace(spec, module=EPMoELayer, params=params)
+    parts, rebuild = _take_apart(spec)
+    patched = [patch_spec(part, backend) for part in parts]
+    is_same = all(new is old for new, old in zip(patched, parts, strict=True))
+    return spec if is_same else rebuild(patched)
+
+
+def _take_apart(spec: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return what may hold a spec inside `spec`, and a function that builds a copy from such."""
+    if isinstance(spec, functools.partial):
+        names = list(spec.keywords)
+        return [spec.func, *spec.keywords.values()], lambda parts: functools.partial(
+            parts[0], *spec.args, **dict(zip(names, parts[1:], strict=True))
+        )
+    if type(spec) in (list, tuple):
+        return list(spec), type(spec)
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        names = [field.name for field in dataclasses.fields(spec)]
+
+        def rebuild(parts: list[Any]) -> Any:
+            rebuilt = copy.copy(spec)
+            for name, part in zip(names, parts, strict=True):
+                setattr(rebuilt, name, part)
+            return rebuilt
+
+        return [getattr(spec, name) for name in names], rebuild
+    return [], lambda _parts: spec
