@@ -49,6 +49,68 @@ def pretrain(
     raise typer.Exit(code)
 
 
+@app.command()
+def bench(  # noqa: PLR0913  (every parameter is an option)
+    num_ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "2,4,8",
+    num_tokens: Annotated[str, typer.Option(help="Tokens per rank.")] = "128,1024",
+    hidden: Annotated[str, typer.Option(help="Elements per token.")] = "1024,2048",
+    num_topk: Annotated[int, typer.Option(help="Experts per token.")] = 8,
+    num_experts: Annotated[int, typer.Option(help="Experts on all ranks.")] = 64,
+    implementation: Annotated[str, typer.Option(help="Which, by comma; all without.")] = "",
+    direction: Annotated[str, typer.Option(help="forward, forward_backward or both.")] = "",
+    samples: Annotated[int, typer.Option(help="Samples of each; medians are reported.")] = 7,
+    baseline: Annotated[str, typer.Option(help="Whose time the ratios are over.")] = (
+        "shared_memory"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+) -> None:
+    """Measure dispatch and combine beside gloo, MPI, Megatron's dispatchers and plain copies.
+
+    All implementations take turns in the same processes. MPI takes part where mpirun and mpi4py
+    are installed.
+    """
+    import json
+
+    from rich.console import Console
+
+    from ep_megatron.bench.case import DIRECTIONS, Case
+    from ep_megatron.bench.launch import has_mpi, run
+    from ep_megatron.bench.measure import IMPLEMENTATIONS
+    from ep_megatron.bench.table import print_table
+
+    names = _choices("--implementation", implementation, IMPLEMENTATIONS)
+    if not implementation and not has_mpi():
+        names.remove("mpi")
+    cases = [
+        Case(ranks, tokens, width, num_topk, num_experts)
+        for ranks in _numbers("--num-ranks", num_ranks)
+        for tokens in _numbers("--num-tokens", num_tokens)
+        for width in _numbers("--hidden", hidden)
+    ]
+    try:
+        rows = run(cases, names, _choices("--direction", direction, DIRECTIONS), samples)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    print_table(rows, baseline, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
+        raise typer.BadParameter(f"{option}: expected positive numbers, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    names = text.split(",") if text else list(known)
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{option}: expected one of {', '.join(known)}, got {name!r}")
+    return names
+
+
 def _print_keys() -> None:
     """Print key, type, default and meaning of every key, by section."""
     from rich.console import Console

@@ -1,0 +1,1 @@
+"""Dispatch and combine beside their peers, in one run, as ratios."""

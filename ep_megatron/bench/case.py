@@ -1,0 +1,74 @@
+"""What is measured: sizes, routing, and one row of the result."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Any]
+DIRECTIONS = ("forward", "forward_backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size, equal on all ranks."""
+
+    num_ranks: int
+    num_tokens: int  # per rank
+    hidden: int
+    num_topk: int
+    num_experts: int
+
+    def topk_idx(self, rank: int) -> Tensor:
+        """Return `[T, K]` int64, K different experts per token, uniformly at random."""
+        rng = torch.Generator().manual_seed(rank)
+        scores = torch.rand(self.num_tokens, self.num_experts, generator=rng)
+        return scores.topk(self.num_topk).indices
+
+    def x(self, rank: int) -> Tensor:
+        """Return `[T, H]` bfloat16."""
+        rng = torch.Generator().manual_seed(100 + rank)
+        return torch.randn(self.num_tokens, self.hidden, generator=rng).bfloat16()
+
+    def topk_weights(self, rank: int) -> Tensor:
+        """Return `[T, K]` float32 that sum to one."""
+        rng = torch.Generator().manual_seed(200 + rank)
+        return torch.rand(self.num_tokens, self.num_topk, generator=rng).softmax(1)
+
+    def num_copies(self) -> int:
+        """Count the rows that cross from all ranks' tokens to their ranks, one way."""
+        per_rank = self.num_experts // self.num_ranks
+        total = 0
+        for rank in range(self.num_ranks):
+            destinations = self.topk_idx(rank) // per_rank
+            hits = torch.zeros(self.num_tokens, self.num_ranks, dtype=torch.bool)
+            total += int(hits.scatter_(1, destinations, True).sum())
+        return total
+
+    def payload_bytes(self) -> int:
+        """Bytes that all ranks send one way, a token once per destination rank."""
+        return self.num_copies() * self.hidden * 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """Wall time of one step on all ranks, over all samples."""
+
+    implementation: str
+    direction: str
+    num_ranks: int
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_experts: int
+    payload_bytes: int
+    num_samples: int
+    median_ms: float
+    min_ms: float
+    max_ms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` writes."""
+        return asdict(self)

@@ -1,0 +1,71 @@
+"""Our own implementations under measurement."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_megatron.bench.case import Case, Step
+from ep_megatron.buffer import Buffer
+from ep_megatron.config import BufferConfig
+
+_buffers: dict[str, Buffer] = {}
+
+
+def buffer_of(backend: str) -> Buffer:
+    """Return this process's buffer of that backend; cases share it, as layers do in training."""
+    if backend not in _buffers:
+        assert dist.group.WORLD is not None
+        _buffers[backend] = Buffer(dist.group.WORLD, config=BufferConfig(backend=backend))
+    return _buffers[backend]
+
+
+def exchange(backend: str, expand: bool) -> object:
+    """Return a maker of steps: dispatch with weights, then combine; backward the two again.
+
+    The received rows are combined as they came: what experts would cost is left out for all
+    implementations alike.
+    """
+
+    def make(case: Case, rank: int) -> dict[str, Step]:
+        buffer = buffer_of(backend)
+        x, topk_idx = case.x(rank), case.topk_idx(rank)
+        topk_weights = case.topk_weights(rank)
+
+        def forward() -> tuple[Tensor, object, Tensor]:
+            recv_x, _, recv_weights, _, handle, _ = buffer.dispatch(
+                x,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
+                num_experts=case.num_experts,
+                expand=expand,
+            )
+            assert isinstance(recv_x, Tensor)
+            assert handle is not None
+            assert recv_weights is not None
+            combined, _, _ = buffer.combine(recv_x, handle)
+            return combined, handle, recv_weights
+
+        def forward_backward() -> None:
+            combined, handle, recv_weights = forward()
+            grad_rows = buffer.dispatch(combined, handle)[0]  # type: ignore[arg-type]
+            assert isinstance(grad_rows, Tensor)
+            buffer.combine(grad_rows, handle, topk_weights=recv_weights)  # type: ignore[arg-type]
+
+        return {"forward": forward, "forward_backward": forward_backward}
+
+    return make
+
+
+def check_sum(case: Case, rank: int, combined: Tensor, num_rows: Tensor) -> None:
+    """Raise unless combining what was dispatched multiplied every token by its rows.
+
+    A benchmark of wrong answers is worth nothing.
+
+    Args:
+        case: the sizes.
+        rank: this rank.
+        combined: `[T, H]`.
+        num_rows: `[T]`, rows that each token was sent as.
+    """
+    expected = case.x(rank).float() * num_rows[:, None]
+    torch.testing.assert_close(combined.float(), expected, rtol=2**-7, atol=1e-5)
