@@ -1,6 +1,6 @@
 """The compiled CPU side (csrc/bindings_cpu.cpp). Addresses are not checked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 def row_kernel_names() -> list[str]:
     """Name the builds of the row kernels that this CPU runs, slowest first."""
@@ -72,7 +72,7 @@ class Exchange:
     def unlink(self) -> None: ...
     def reserve(self, num_bytes: int) -> None: ...
     def dispatch(
-        self, call: list[int], routing: dict[str, object], rows: dict[str, int], routes: int
+        self, call: list[int], routing: Mapping[str, object], rows: dict[str, int], routes: int
     ) -> Dispatched: ...
     def combine(
         self, call: list[int], sizes: dict[str, int], addresses: dict[str, int]

@@ -16,7 +16,7 @@ MAX_TOPK = 128
 
 
 def check_rows(operation: str, name: str, x: Tensor, num_rows: int | None = None) -> Tensor:
-    """Return `x` contiguous, or raise: `[num_rows, H]`, a known dtype, rows of 16-byte multiples."""
+    """Return `x` contiguous, or raise: `[num_rows, H]`, known dtype, rows of 16-byte multiples."""
     _check_tensor(operation, name, x)
     if x.ndim != 2 or (num_rows is not None and len(x) != num_rows):
         expected = "*" if num_rows is None else str(num_rows)

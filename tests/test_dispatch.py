@@ -128,7 +128,10 @@ def check_sums_agree(
     ours_again = fast.dispatch(sent, handles[0], topk_weights=case.weights(rank))
     theirs_again = reference.dispatch(sent, handles[1], topk_weights=case.weights(rank))
     for index in (0, 2):
-        assert torch.equal(bits(ours_again[index]), bits(theirs_again[index]))
+        mine, other = ours_again[index], theirs_again[index]
+        assert isinstance(mine, Tensor)
+        assert isinstance(other, Tensor)
+        assert torch.equal(bits(mine), bits(other))
 
 
 def check_sum(rank: int, backend: str, case: Case) -> None:

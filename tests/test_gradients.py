@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing import assert_close
 
 from ep_megatron import fused_combine, fused_dispatch
 from ep_megatron.experts import GroupedExperts, moe_forward, moe_reference
@@ -19,6 +20,11 @@ CASES = [
     Case("holes", (9, 9, 9, 9), num_topk=4, hidden=8, style="holes"),
     Case("one expert", (6, 5), hidden=8, style="one_expert"),
 ]
+
+
+def assert_exact(actual: Tensor | None, expected: Tensor | None) -> None:
+    """Equal in float64 up to the order of sums."""
+    assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def all_experts(case: Case) -> GroupedExperts:
@@ -62,16 +68,15 @@ def check_gradients(rank: int, backend: str, case: Case) -> None:
         (reference * case.x(source, torch.float64).cos()).sum().backward()
         expected.append((*other, reference))
     ref_x, ref_router, ref_weights, reference = expected[rank]
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(out, reference, **close)
-    torch.testing.assert_close(x.grad, ref_x.grad, **close)
-    torch.testing.assert_close(weights.grad, ref_weights.grad, **close)
-    torch.testing.assert_close(router.grad, ref_router.grad, **close)
+    assert_exact(out, reference)
+    assert_exact(x.grad, ref_x.grad)
+    assert_exact(weights.grad, ref_weights.grad)
+    assert_exact(router.grad, ref_router.grad)
     local = slice(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
     for ours, theirs in ((experts.gate_up, dense.gate_up), (experts.down, dense.down)):
         assert ours.grad is not None
         assert theirs.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad[local], **close)
+        assert_exact(ours.grad, theirs.grad[local])
 
 
 def check_gradcheck(rank: int, backend: str, expand: bool) -> None:
@@ -102,7 +107,7 @@ def check_gradcheck(rank: int, backend: str, expand: bool) -> None:
                     moved.view(-1)[index] += sign * eps
                     values.append(layer(moved, weights.detach()).sum())
                 numeric = (values[0] - values[1]) / (2 * eps)
-                torch.testing.assert_close(reference.view(-1)[index], numeric, atol=1e-7, rtol=1e-7)
+                assert_close(reference.view(-1)[index], numeric, atol=1e-7, rtol=1e-7)
         else:
             other = x.detach().requires_grad_()
             out = layer(other, weights)
@@ -112,7 +117,7 @@ def check_gradcheck(rank: int, backend: str, expand: bool) -> None:
 
 
 def check_gradcheck_alone(rank: int, backend: str) -> None:
-    """gradcheck itself: every rank perturbs the same input, on a group of one."""
+    """Run gradcheck itself: every rank perturbs the same input, on a group of one."""
     case = Case("alone", (4,), num_topk=2, experts_per_rank=3, hidden=2)
     buffer = buffer_of(backend)
     for expand in (False, True):
@@ -156,8 +161,10 @@ def check_two_in_flight(rank: int, backend: str) -> None:
     )
     out = fused_combine(rows.sin(), handle, buffer)
     out.backward(torch.ones(case.hidden, len(out), dtype=torch.float64).T)
+    first = grads[0][0]
     assert x.grad is not None
-    assert torch.equal(x.grad, grads[0][0])
+    assert first is not None
+    assert torch.equal(x.grad, first)
 
 
 def check_bfloat16(rank: int, backend: str) -> None:
@@ -178,9 +185,9 @@ def check_bfloat16(rank: int, backend: str) -> None:
     used = case.topk_idx(rank) >= 0
     total = (case.weights(rank) * used).sum(1, keepdim=True).expand(-1, case.hidden)
     # Each of the K addends and the sum are rounded to 8 bits of mantissa.
-    torch.testing.assert_close(x.grad.float(), total, rtol=5 * 2**-8, atol=1e-3)
+    assert_close(x.grad.float(), total, rtol=5 * 2**-8, atol=1e-3)
     row_sums = case.x(rank, torch.bfloat16).float().sum(1, keepdim=True)
-    torch.testing.assert_close(weights.grad, row_sums * used, rtol=1e-2, atol=0.1)
+    assert_close(weights.grad, row_sums * used, rtol=1e-2, atol=0.1)
     dist.barrier()
 
 

@@ -86,7 +86,7 @@ class ProcessGroupBackend:
     def close(self) -> None:
         """Nothing to free: the group belongs to the caller."""
 
-    # -- planning ----------------------------------------------------------------------------------
+    # -- planning ---------------------------------------------------------------------------------
 
     def _agree(self, operation: str, call: Call | None, error: str = "") -> None:
         self._num_calls += 1
@@ -152,7 +152,7 @@ class ProcessGroupBackend:
         assert handle.recv_row is not None
         return handle.recv_row >= 0
 
-    # -- moving ------------------------------------------------------------------------------------
+    # -- moving -----------------------------------------------------------------------------------
 
     def _send_order(self, handle: DispatchHandle) -> Tensor:
         """Tokens in the order they leave: by destination rank, then token."""
@@ -206,7 +206,7 @@ class ProcessGroupBackend:
         tokens = self._send_order(handle).split(counts)
         return list(zip(tokens, returned.split(counts), strict=True))
 
-    # -- expert-major rows ---------------------------------------------------------------------------
+    # -- expert-major rows ------------------------------------------------------------------------
 
     def _deliver(
         self, rows: Rows, handle: DispatchHandle, local_idx: Tensor | None, weights: Tensor | None

@@ -7,7 +7,7 @@ csrc/cpu/control.h.
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -213,7 +213,7 @@ class SharedMemoryBackend:
         self,
         operation: str,
         rows: Rows,
-        sizes: dict[str, object],
+        sizes: Mapping[str, object],
         call: Call,
         routes: Tensor,
         idx_bytes: int,
@@ -290,11 +290,11 @@ def _routes_of(handle: DispatchHandle) -> Tensor:
     return torch.stack([handle.route_rank, handle.route_row, handle.route_slot])
 
 
-def _together(meeting: Meeting, action: object) -> None:
+def _together(meeting: Meeting, action: Callable[[], None]) -> None:
     """Run `action` on all ranks; raise on all if it fails on one."""
     error, reason = None, ""
     try:
-        action()  # type: ignore[operator]
+        action()
     except (RuntimeError, OSError) as exception:
         error, reason = exception, str(exception)[:200]
     reasons = meeting.gather_text("Buffer", reason)
