@@ -98,7 +98,7 @@ def load_checkpoint(run: Run, folder: Path) -> Path:
     return path
 
 
-def _add_missing_steps(optimizer: Any, state: dict[str, Any], iteration: int) -> None:
+def _add_missing_steps(optimizer: Any, state: dict[Any, Any], iteration: int) -> None:
     """Give torch's Adam its `step` where the checkpoint has none.
 
     Megatron keeps the step among what rank 0 saves. If rank 0's pipeline stage has no experts, that

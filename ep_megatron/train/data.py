@@ -54,17 +54,17 @@ def build_data(config: Config) -> Data:
         create_attention_mask=False,
         path_to_cache=str(config.data_cache_path / "index"),
     )
+    # A split nobody reads is not built, as Megatron never finishes building an empty one.
+    dataset_config.split_matrix[2] = None
+    if not config.eval_iters:
+        dataset_config.split_matrix[1] = None
+    _check_splits(prefixes, dataset_config.split_matrix, config.split)
     num_train = config.train_iters * config.global_batch_size
     num_valid = config.eval_iters * config.global_batch_size
     builder = BlendedMegatronDatasetBuilder(
         GPTDataset, [num_train, num_valid, 0], lambda: True, dataset_config
     )
     train, valid, _ = builder.build()
-    if train is None:
-        raise ValueError(
-            f"data: expected the training split of {config.split!r} to hold more than "
-            f"{config.seq_length} tokens, got fewer; give more text or a shorter seq-length"
-        )
     entropy = on_rank_zero(lambda: unigram_entropy(prefixes))
     return Data(train, valid, tokenizer.vocab_size, entropy)
 
@@ -84,6 +84,30 @@ def batches(dataset: Any, config: Config, first_sample: int) -> Iterator[Batch]:
         samples = [dataset[(sample + i) % len(dataset)] for i in range(config.micro_batch_size)]
         yield torch.utils.data.default_collate(samples)
         sample += config.micro_batch_size * num_ranks
+
+
+def _check_splits(prefixes: list[str], shares: list[Any], split: str) -> None:
+    """Raise ValueError if a split that is read has no document of some file.
+
+    Args:
+        prefixes: of the .bin/.idx files.
+        shares: (begin, end) of the training and validation documents as fractions; None if unread.
+        split: the config key, for the message.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for prefix in prefixes:
+        num_documents = len(IndexedDataset(prefix))
+        for name, share in zip(("training", "validation"), shares[:2], strict=True):
+            if share is None and name == "validation":
+                continue
+            begin, end = (round(edge * num_documents) for edge in share or (0, 0))
+            if begin == end:
+                raise ValueError(
+                    f"data: expected the {name} part of split {split!r} to hold one or more of the "
+                    f"{num_documents} documents of {prefix}, got none; give more text, another "
+                    "split, or eval-iters 0 for no validation"
+                )
 
 
 def _split_weights(paths: list[str]) -> tuple[list[str], list[float] | None]:

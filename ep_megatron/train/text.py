@@ -24,6 +24,8 @@ _LIBRARIES = {
     "NullTokenizer": "null",
 }
 _MAX_COUNTED_TOKENS = 100_000_000
+# Characters; see `documents`.
+_PIECE = 32_768
 
 
 def make_tokenizer(config: Config) -> Any:
@@ -79,13 +81,16 @@ def text_files(config: Config) -> list[Path]:
 def documents(files: list[Path], json_key: str) -> Iterator[str]:
     """Yield the text of each file, or of each line of a JSONL file.
 
+    A file much longer than `_PIECE` characters is cut at line ends into documents of about that
+    length: training, validation and test get whole documents, and one big file must serve all.
+
     Raises:
         ValueError: a line of a JSONL file is no JSON object with a string under `json_key`.
     """
     for file in files:
         text = file.read_text(encoding="utf-8", errors="replace")
         if file.suffix != ".jsonl":
-            yield text
+            yield from _pieces(text)
             continue
         for number, line in enumerate(text.splitlines(), start=1):
             if not line.strip():
@@ -97,6 +102,16 @@ def documents(files: list[Path], json_key: str) -> Iterator[str]:
                     f"data: expected {file}:{number} to be a JSON object with {json_key!r}, "
                     f"got {line[:80]!r}; json-key names another key"
                 ) from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > 2 * _PIECE:
+        line_end = text.rfind("\n", start, start + _PIECE)
+        end = line_end + 1 if line_end >= 0 else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def prepare_text(config: Config, tokenizer: Any) -> str:
@@ -122,7 +137,7 @@ def prepare_text(config: Config, tokenizer: Any) -> str:
     random.Random(0).shuffle(texts)
     num_tokens = num_documents = 0
     for text in texts:
-        if not text:
+        if not text.strip():
             continue
         tokens = torch.tensor([*tokenizer.tokenize(text), tokenizer.eod])
         builder.add_document(tokens, [len(tokens)])
