@@ -110,15 +110,6 @@ bool combine(Exchange& exchange,
     return exchange.combine(args);
 }
 
-py::tuple sections(
-    const Dispatched&, const py::dict& rows, int64_t num_rows, int num_topk, bool expand) {
-    const auto size = [&](const char* key) { return rows[key].cast<size_t>(); };
-    const Sections at(
-        {size("x_bytes"), size("scales_bytes"), size("weights_bytes"), size("idx_bytes")}, num_rows,
-        num_topk, expand);
-    return py::make_tuple(at.scales, at.weights, at.idx);
-}
-
 }  // namespace
 
 void bind_exchange(py::module_& m) {
@@ -133,12 +124,14 @@ void bind_exchange(py::module_& m) {
     py::class_<Dispatched>(m, "Dispatched")
         .def_readonly("is_agreed", &Dispatched::is_agreed)
         .def_readonly("block", &Dispatched::block)
+        .def_readonly("scales_at", &Dispatched::scales_at)
+        .def_readonly("weights_at", &Dispatched::weights_at)
+        .def_readonly("idx_at", &Dispatched::idx_at)
         .def_readonly("must_copy", &Dispatched::must_copy)
         .def_readonly("num_rows_per_rank", &Dispatched::num_rows_per_rank)
         .def_readonly("num_tokens_per_rank", &Dispatched::num_tokens_per_rank)
         .def_readonly("num_recv_tokens_per_rank", &Dispatched::num_recv_tokens_per_rank)
-        .def_readonly("valid_per_expert", &Dispatched::valid_per_expert)
-        .def("sections", &sections, "rows"_a, "num_rows"_a, "num_topk"_a, "expand"_a);
+        .def_readonly("valid_per_expert", &Dispatched::valid_per_expert);
     py::class_<Exchange::Report>(m, "Report")
         .def_readonly("call", &Exchange::Report::call)
         .def_readonly("error", &Exchange::Report::error)

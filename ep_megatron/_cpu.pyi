@@ -34,16 +34,14 @@ class Dispatched:
 
     is_agreed: bool
     block: Block
+    scales_at: int
+    weights_at: int
+    idx_at: int
     must_copy: bool
     num_rows_per_rank: list[int]
     num_tokens_per_rank: list[int]
     num_recv_tokens_per_rank: list[int]
     valid_per_expert: list[int]
-
-    def sections(
-        self, rows: dict[str, int], num_rows: int, num_topk: int, expand: bool
-    ) -> tuple[int, int, int]:
-        """Return where scales, weights and expert ids start in the block."""
 
 class Report:
     """One rank's word on a call."""

@@ -21,10 +21,9 @@ class DispatchHandle:
         num_experts: experts on all ranks; expert e lives on rank `e // (num_experts / num_ranks)`.
         expand: whether rows arrive expert-major, one per (token, local expert).
         expert_alignment: rows of each expert's block are padded to a multiple of it.
-        route_rank: `[T, K]` int32, destination rank of a token's rows in ascending (rank, slot)
-            order, then -1. Without `expand` a destination rank occurs once per token.
-        route_row: `[T, K]` int32, the row at that rank, or -1.
-        route_slot: `[T, K]` int32, the column of `topk_idx` it came from, or -1.
+        routes: `[3, T, K]` int32: destination rank of each of a token's rows, its row there, and
+            the column of `topk_idx` it came from; in ascending (rank, column) order, then -1.
+            Without `expand` a destination rank occurs once per token.
         num_rows_per_rank: R numbers, the rows each rank receives, padding included.
         num_tokens_per_rank: R numbers, this rank's tokens that go to each rank, each counted once.
         num_recv_tokens_per_rank: R numbers, tokens that come from each rank, each counted once.
@@ -44,9 +43,7 @@ class DispatchHandle:
     num_experts: int
     expand: bool
     expert_alignment: int
-    route_rank: Tensor
-    route_row: Tensor
-    route_slot: Tensor
+    routes: Tensor
     num_rows_per_rank: tuple[int, ...]
     num_tokens_per_rank: tuple[int, ...]
     num_recv_tokens_per_rank: tuple[int, ...]
@@ -54,6 +51,21 @@ class DispatchHandle:
     num_valid_tokens_per_expert: tuple[int, ...]
     topk_idx: Tensor | None = None
     recv_row: Tensor | None = None
+
+    @property
+    def route_rank(self) -> Tensor:
+        """`[T, K]` int32, see `routes`."""
+        return self.routes[0]
+
+    @property
+    def route_row(self) -> Tensor:
+        """`[T, K]` int32, see `routes`."""
+        return self.routes[1]
+
+    @property
+    def route_slot(self) -> Tensor:
+        """`[T, K]` int32, see `routes`."""
+        return self.routes[2]
 
     @property
     def num_recv_rows(self) -> int:

@@ -159,6 +159,10 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
         targets.push_back({rows[rank], Sections(args.row_bytes, result.num_rows_per_rank[rank],
                                                 args.routing.num_topk, args.routing.expand)});
     push(args, targets);
+    const Sections& sections = targets[static_cast<size_t>(rank_)].sections;
+    result.scales_at = sections.scales;
+    result.weights_at = sections.weights;
+    result.idx_at = sections.idx;
     result.block = block;
     clear_padding(args, result);
     meeting_->finish();

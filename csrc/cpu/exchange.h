@@ -51,8 +51,9 @@ struct DispatchArgs {
 
 struct Dispatched {
     bool is_agreed = false;
-    std::shared_ptr<Block> block;  // null without rows
-    bool must_copy = false;        // too many bytes are in views already
+    std::shared_ptr<Block> block;
+    size_t scales_at = 0, weights_at = 0, idx_at = 0;  // where the parts start in it
+    bool must_copy = false;                            // too many bytes are in views already
     std::vector<int64_t> num_rows_per_rank;
     std::vector<int64_t> num_tokens_per_rank;       // this rank's, by destination
     std::vector<int64_t> num_recv_tokens_per_rank;  // by source

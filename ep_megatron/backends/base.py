@@ -1,8 +1,8 @@
 """The contract of a backend, and how ranks find out that they disagree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class Routing:
     expert_alignment: int = 1
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What all ranks must agree on before a row moves; compared field by field."""
 
     operation: int
@@ -85,12 +84,8 @@ class Call:
             plan_id=cached.plan_id if cached else 0,
         )
 
-    def numbers(self) -> list[int]:
-        """Return the fields in order."""
-        return [getattr(self, f.name) for f in fields(self)]
 
-
-NUM_CALL_FIELDS = len(fields(Call))
+NUM_CALL_FIELDS = len(Call._fields)
 _DESCRIPTIONS = {
     "operation": "the operation",
     "dtype": "the dtype of x",
@@ -119,7 +114,7 @@ def check_agreement(operation: str, reports: Sequence[PeerReport]) -> None:
     failed = [f"rank {rank}: {r.error}" for rank, r in enumerate(reports) if r.error]
     if failed:
         raise ValueError(f"{operation}: no rank went on because of " + "; ".join(failed))
-    for index, name in enumerate(f.name for f in fields(Call)):
+    for index, name in enumerate(Call._fields):
         values = [_readable(name, report.call[index]) for report in reports]
         if len(set(values)) > 1:
             groups = (

@@ -92,7 +92,7 @@ class Meeting:
             call: this rank's call; None when it reports an error.
             error: why this rank cannot take part.
         """
-        numbers = [0] * NUM_CALL_FIELDS if call is None else call.numbers()
+        numbers = [0] * NUM_CALL_FIELDS if call is None else list(call)
         text = error.encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
         message = torch.tensor(numbers, dtype=torch.int64).view(torch.uint8)
         message = torch.cat([message, torch.frombuffer(bytearray(text), dtype=torch.uint8)])

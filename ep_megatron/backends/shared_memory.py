@@ -5,6 +5,7 @@ views of the arena while it has room. The protocol is in docs/design.md, its fla
 csrc/cpu/control.h.
 """
 
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -118,13 +119,13 @@ class SharedMemoryBackend:
             num_experts=routing.num_experts,
             expand=routing.expand,
             expert_alignment=alignment,
-            route_rank=routes[0],
-            route_row=routes[1],
-            route_slot=routes[2],
+            routes=routes,
             num_rows_per_rank=tuple(result.num_rows_per_rank),
             num_tokens_per_rank=tuple(result.num_tokens_per_rank),
             num_recv_tokens_per_rank=tuple(result.num_recv_tokens_per_rank),
-            num_recv_tokens_per_expert=tuple(-(-n // alignment) * alignment for n in valid),
+            num_recv_tokens_per_expert=(
+                valid if alignment == 1 else tuple(-(-n // alignment) * alignment for n in valid)
+            ),
             num_valid_tokens_per_expert=valid,
             topk_idx=None if routing.expand else routing.topk_idx.clone(),
         )
@@ -145,8 +146,7 @@ class SharedMemoryBackend:
             "valid_per_expert": list(handle.num_valid_tokens_per_expert),
         }
         call = Call.of("cached dispatch", rows, handle)
-        routes = _routes_of(handle)
-        return self._dispatch("cached dispatch", rows, sizes, call, routes, 0)[1]
+        return self._dispatch("cached dispatch", rows, sizes, call, handle.routes, 0)[1]
 
     def combine(
         self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
@@ -167,7 +167,7 @@ class SharedMemoryBackend:
             "weight_bytes": 0 if weights is None else weights.element_size(),
         }
         addresses = {
-            "routes": _routes_of(handle).data_ptr(),
+            "routes": handle.routes.data_ptr(),
             "x": x.data_ptr(),
             "weights": _address(weights),
             "bias_0": _address(biases[0]) if len(biases) > 0 else 0,
@@ -177,7 +177,7 @@ class SharedMemoryBackend:
         }
         self._num_calls += 1
         call = Call.of("combine", rows, handle)
-        if not self._exchange.combine(call.numbers(), sizes, addresses):
+        if not self._exchange.combine(list(call), sizes, addresses):
             self._raise_disagreement("combine")
         return out, out_weights
 
@@ -231,17 +231,14 @@ class SharedMemoryBackend:
             "idx_bytes": idx_bytes,
         }
         self._num_calls += 1
-        result = self._exchange.dispatch(call.numbers(), sizes, parts, routes.data_ptr())
+        result = self._exchange.dispatch(list(call), sizes, parts, routes.data_ptr())
         if not result.is_agreed:
             self._raise_disagreement(operation)
         num_rows = result.num_rows_per_rank[self.rank]
-        scales_at, weights_at, idx_at = result.sections(parts, num_rows, num_topk, expand)
 
         def view(offset: int, like: Tensor, *shape: int) -> Tensor:
             """Look at a part of the block; the tensor keeps the block alive."""
-            count = 1
-            for extent in shape:
-                count *= extent
+            count = math.prod(shape)
             if count == 0:
                 return like.new_empty(shape)
             part = torch.frombuffer(result.block, dtype=like.dtype, count=count, offset=offset)
@@ -251,9 +248,9 @@ class SharedMemoryBackend:
         columns = () if expand else (num_topk,)
         received = Rows(
             view(0, x, num_rows, x.shape[1]),
-            None if scales is None else view(scales_at, scales, num_rows, scales.shape[1]),
-            None if weights is None else view(weights_at, weights, num_rows, *columns),
-            view(idx_at, _like_idx(idx_bytes), num_rows, num_topk)
+            None if scales is None else view(result.scales_at, scales, num_rows, scales.shape[1]),
+            None if weights is None else view(result.weights_at, weights, num_rows, *columns),
+            view(result.idx_at, _like_idx(idx_bytes), num_rows, num_topk)
             if idx_bytes and not expand
             else None,
         )
@@ -279,15 +276,6 @@ def _like_idx(num_bytes: int) -> Tensor:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _routes_of(handle: DispatchHandle) -> Tensor:
-    """Return the handle's three tensors as one `[3, T, K]` block, as they were made."""
-    first = handle.route_rank
-    base = first._base
-    if base is not None and base.data_ptr() == first.data_ptr() and base.shape[0] == 3:
-        return base
-    return torch.stack([handle.route_rank, handle.route_row, handle.route_slot])
 
 
 def _together(meeting: Meeting, action: Callable[[], None]) -> None:
