@@ -81,6 +81,9 @@ def test_an_impossible_value_is_named_with_its_key(key: str, value: object) -> N
         ({"num-processes": 2, "global-batch-size": 3}, ["global-batch-size", "multiple of 2", "3"]),
         ({"num-experts": None}, ["num-experts", "expert-model-parallel-size", "2"]),
         ({"data-path": "a", "text-path": "b"}, ["data-path", "text-path"]),
+        ({"lr-warmup-iters": 3}, ["lr-warmup-iters", "lr-decay-iters (3", "got 3"]),
+        ({"min-lr": 0.1}, ["min-lr", "lr (0.001)", "0.1"]),
+        ({"lr-decay-style": "WSD"}, ["lr-wsd-decay-iters", "WSD"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -142,6 +145,32 @@ def test_the_number_of_processes_is_what_the_parallel_sizes_need(
     sizes: dict[str, int], expected: int
 ) -> None:
     assert make_config({**SMALL, **sizes}).model_parallel_size == expected
+
+
+@pytest.mark.megatron
+def test_the_full_size_example_is_a_valid_megatron_config() -> None:
+    pytest.importorskip("megatron.core")
+    from ep_megatron.megatron.host import without_cuda
+    from ep_megatron.megatron.plugin import install, uninstall
+    from ep_megatron.train.model import num_virtual_stages, transformer_config
+
+    # Its layers come from Transformer Engine, which need not be installed to check the rest.
+    path = Path(__file__).parents[1] / "examples" / "deepseek_v3.yaml"
+    config = load_config(path, ["--transformer-impl", "local"])
+    config.check_world_size(256)
+    assert num_virtual_stages(config) == 2
+    with without_cuda():
+        install()
+        try:
+            checked = transformer_config(config)
+        finally:
+            uninstall()
+    assert (checked.num_moe_experts, checked.moe_router_topk) == (256, 8)
+    assert checked.moe_layer_freq == [0] * 3 + [1] * 58
+    assert (checked.layernorm_epsilon, checked.q_lora_rank) == (1e-6, 1536)
+    stages = checked.pipeline_model_parallel_layout.layout
+    assert [len(chunk) for chunk in stages[0]] == [4, 2]
+    assert sum(len(chunk) for stage in stages for chunk in stage) == 1 + 61 + 1 + 1
 
 
 def test_every_key_has_a_meaning() -> None:

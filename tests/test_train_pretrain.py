@@ -187,7 +187,7 @@ def test_other_models_train_too(words: tuple[str, ...], workplace: Path) -> None
 def test_example_scripts_run_under_torchrun(name: str, workplace: Path) -> None:
     arguments = []
     if name == "pretrain.py":
-        arguments = [str(EXAMPLES / "ci.yaml"), "--train-iters", "2", "--run-dir", "script"]
+        arguments = [str(EXAMPLES / "ci.yaml"), "--train-iters", "4", "--run-dir", "script"]
         arguments += ["--text-path", "text.txt", "--data-cache-path", "data"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     process = subprocess.Popen(

@@ -109,6 +109,7 @@ class Config(
                 f"expected moe-layer-freq to name num-layers ({self.num_layers}) layers, "
                 f"got {len(pattern)}"
             )
+        _check_schedule(self)
         if self.data_path and self.text_path:
             raise ValueError(
                 f"expected either data-path or text-path, got both ({' '.join(self.data_path)} "
@@ -117,6 +118,19 @@ class Config(
         if self.num_processes is not None:
             self.check_world_size(self.num_processes)
         return self
+
+
+def _check_schedule(config: Config) -> None:
+    decay_iters = config.lr_decay_iters or config.train_iters
+    if config.lr_warmup_iters >= decay_iters:
+        raise ValueError(
+            f"expected lr-warmup-iters to be less than lr-decay-iters ({decay_iters}; train-iters "
+            f"when left out), got {config.lr_warmup_iters}"
+        )
+    if config.min_lr > config.lr:
+        raise ValueError(f"expected min-lr to be at most lr ({config.lr}), got {config.min_lr}")
+    if config.lr_decay_style == "WSD" and config.lr_wsd_decay_iters is None:
+        raise ValueError("expected lr-wsd-decay-iters to be given for lr-decay-style WSD, got none")
 
 
 def _divides(config: Config, whole: str, part: str) -> None:
