@@ -9,6 +9,7 @@ import pytest
 from ep_megatron.train.checkpoint import latest_iteration
 from ep_megatron.train.config import Config, load_config
 from ep_megatron.train.folders import prepare_folders
+from ep_megatron.train.pretrain import pretrain
 from ep_megatron.train.stop import StopRequest
 from tests.ranks import run_on_ranks
 
@@ -33,6 +34,12 @@ def _leave_a_run(run_dir: Path, iteration: int) -> Path:
     save.mkdir(parents=True, exist_ok=True)
     (save / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return save
+
+
+def test_pretrain_needs_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        pretrain(_config("unused"))
 
 
 def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ep_megatron.train.config import Config
 from ep_megatron.train.folders import prepare_folders
+from ep_megatron.train.launch import is_worker
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ def pretrain(config: Config, resume: bool = False) -> int:
 
 def _set_up(config: Config) -> None:
     """Join the process group and make megatron-core ready for this machine and this config."""
+    if not is_worker():
+        raise ValueError(
+            "pretrain: expected torchrun to have started this process, got no RANK in the "
+            "environment; use `ep-megatron pretrain` or torchrun"
+        )
     config.check_world_size(int(os.environ["WORLD_SIZE"]))
     warnings.filterwarnings("ignore", module="megatron")
     # c10d itself still calls names that it has deprecated.

@@ -33,10 +33,10 @@ class Reporter:
         self.curve_path = config.run_dir / "loss.png"
         self.records = _records_until(self.losses_path, first_iteration)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        self._losses = self.losses_path.open("w")
-        for record in self.records:
-            self._losses.write(json.dumps(record) + "\n")
-        self._losses.flush()
+        rewritten = self.losses_path.with_suffix(".new")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        rewritten.replace(self.losses_path)
+        self._losses = self.losses_path.open("a")
         self._board = SummaryWriter(str(config.tensorboard_dir), purge_step=first_iteration + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
