@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TIMEOUT = 120
+TIMEOUT = 300
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
