@@ -18,6 +18,6 @@ def main() -> int:
     return pretrain(load_config(Path(config_file), overrides), resume)
 
 
-# Saving a checkpoint starts a helper process that imports this file again.
+# Saving a checkpoint starts another process, which imports this file again.
 if __name__ == "__main__":
     sys.exit(run_recorded(main))

@@ -20,15 +20,15 @@ pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text to train on; runs share its tokenised form."""
-    folder = tmp_path_factory.mktemp("pretrain")
+    made = tmp_path_factory.mktemp("pretrain")
     lines = (f"{i} times {i % 7} is {i * (i % 7)}; so it is.\n" for i in range(20_000))
-    (folder / "text.txt").write_text("".join(lines))
-    return folder
+    (made / "text.txt").write_text("".join(lines))
+    return made
 
 
-def _start(workplace: Path, name: str, *words: str) -> "subprocess.Popen[str]":
+def _start(folder: Path, name: str, *words: str) -> "subprocess.Popen[str]":
     command = [
         *(sys.executable, "-m", "ep_megatron.cli", "pretrain"),
         *("--config", str(EXAMPLES / "ci.yaml"), "--run-dir", name),
@@ -37,7 +37,7 @@ def _start(workplace: Path, name: str, *words: str) -> "subprocess.Popen[str]":
     ]
     return subprocess.Popen(
         command,
-        cwd=workplace,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -56,21 +56,21 @@ def _finish(process: "subprocess.Popen[str]", expected: int = 0) -> str:
     return output
 
 
-def _records(workplace: Path, name: str) -> list[dict[str, Any]]:
-    lines = (workplace / name / "losses.jsonl").read_text().splitlines()
+def _records(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / name / "losses.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def _exact(workplace: Path, name: str) -> list[tuple[Any, ...]]:
+def _exact(folder: Path, name: str) -> list[tuple[Any, ...]]:
     """Return all that must be the same in every bit between two runs."""
     keys = ("iteration", "loss", "validation-loss", "grad-norm", "learning-rate")
-    return [tuple(record.get(key) for key in keys) for record in _records(workplace, name)]
+    return [tuple(record.get(key) for key in keys) for record in _records(folder, name)]
 
 
-def _wait_for_iteration(workplace: Path, name: str, iteration: int) -> None:
+def _wait_for_iteration(folder: Path, name: str, iteration: int) -> None:
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
-        path = workplace / name / "losses.jsonl"
+        path = folder / name / "losses.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= iteration:
             return
         time.sleep(0.02)
@@ -81,13 +81,13 @@ LONGER = ("--train-iters", "60", "--eval-interval", "20")
 
 
 @pytest.fixture(scope="module")
-def whole(workplace: Path) -> str:
+def whole(folder: Path) -> str:
     """Train 60 iterations without interruption and return what was printed."""
-    return _finish(_start(workplace, "whole", *LONGER))
+    return _finish(_start(folder, "whole", *LONGER))
 
 
-def test_losses_fall_and_results_lie_where_the_run_says(workplace: Path, whole: str) -> None:
-    records = _records(workplace, "whole")
+def test_losses_fall_and_results_lie_where_the_run_says(folder: Path, whole: str) -> None:
+    records = _records(folder, "whole")
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 60
     assert losses[0] > 5.0  # near the log of 256
@@ -95,7 +95,7 @@ def test_losses_fall_and_results_lie_where_the_run_says(workplace: Path, whole: 
     validations = [r["validation-loss"] for r in records if "validation-loss" in r]
     assert len(validations) == 3
     assert validations[-1] < validations[0]
-    run_dir = workplace / "whole"
+    run_dir = folder / "whole"
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").glob("events.*"))
     assert (run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "60"
@@ -104,54 +104,54 @@ def test_losses_fall_and_results_lie_where_the_run_says(workplace: Path, whole: 
 
 
 @pytest.mark.usefixtures("whole")
-def test_a_run_ended_by_a_signal_resumes_with_the_same_losses(workplace: Path) -> None:
-    process = _start(workplace, "ended", *LONGER)
-    _wait_for_iteration(workplace, "ended", 5)
+def test_a_run_ended_by_a_signal_resumes_with_the_same_losses(folder: Path) -> None:
+    process = _start(folder, "ended", *LONGER)
+    _wait_for_iteration(folder, "ended", 5)
     process.send_signal(signal.SIGTERM)
     output = _finish(process, expected=128 + signal.SIGTERM)
     assert "stopped by SIGTERM" in output
-    stopped = _records(workplace, "ended")[-1]["iteration"]
-    latest = workplace / "ended/checkpoints/latest_checkpointed_iteration.txt"
+    stopped = _records(folder, "ended")[-1]["iteration"]
+    latest = folder / "ended/checkpoints/latest_checkpointed_iteration.txt"
     assert 5 <= stopped < 60
     assert latest.read_text() == str(stopped)
-    _finish(_start(workplace, "ended", *LONGER, "--resume"))
-    assert _exact(workplace, "ended") == _exact(workplace, "whole")
+    _finish(_start(folder, "ended", *LONGER, "--resume"))
+    assert _exact(folder, "ended") == _exact(folder, "whole")
 
 
-def test_a_pipelined_run_in_bfloat16_resumes_with_the_same_losses(workplace: Path) -> None:
+def test_a_pipelined_run_in_bfloat16_resumes_with_the_same_losses(folder: Path) -> None:
     words = (
         *("--pipeline-model-parallel-size", "2", "--bf16", "--use-distributed-optimizer"),
         *("--num-layers", "4", "--moe-layer-freq", "[0]*1+[1]*3", "--hidden-dropout", "0.1"),
         *("--train-iters", "6", "--eval-interval", "3", "--save-interval", "4"),
     )
-    _finish(_start(workplace, "pipelined", *words))
-    exact = _exact(workplace, "pipelined")
+    _finish(_start(folder, "pipelined", *words))
+    exact = _exact(folder, "pipelined")
     assert len(exact) == 8
     assert exact[-2][1] < exact[0][1]
-    checkpoints = workplace / "pipelined/checkpoints"
+    checkpoints = folder / "pipelined/checkpoints"
     assert sorted(path.name for path in checkpoints.glob("iter_*")) == [
         "iter_0000004",
         "iter_0000006",
     ]
     # As if the machine had died before the second checkpoint was named the latest.
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
-    output = _finish(_start(workplace, "pipelined", *words, "--resume"))
+    output = _finish(_start(folder, "pipelined", *words, "--resume"))
     assert "resumed from pipelined/checkpoints/iter_0000004" in output
-    assert _exact(workplace, "pipelined") == exact
+    assert _exact(folder, "pipelined") == exact
 
 
-def test_megatrons_alltoall_gives_the_same_losses(workplace: Path, whole: str) -> None:
+def test_megatrons_alltoall_gives_the_same_losses(folder: Path, whole: str) -> None:
     assert "dispatcher deepep" in whole
-    _finish(_start(workplace, "alltoall", *LONGER, "--moe-token-dispatcher", "alltoall"))
+    _finish(_start(folder, "alltoall", *LONGER, "--moe-token-dispatcher", "alltoall"))
     ours, theirs = (
-        [record["loss"] for record in _records(workplace, name) if "loss" in record]
+        [record["loss"] for record in _records(folder, name) if "loss" in record]
         for name in ("whole", "alltoall")
     )
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_an_error_on_the_ranks_is_told_once_and_plainly(workplace: Path) -> None:
-    output = _finish(_start(workplace, "nothing", "--resume"), expected=1)
+def test_an_error_on_the_ranks_is_told_once_and_plainly(folder: Path) -> None:
+    output = _finish(_start(folder, "nothing", "--resume"), expected=1)
     assert output.startswith(
         "error: rank 0 of 2 failed (exit code 1): resume: expected a checkpoint"
     )
@@ -176,15 +176,15 @@ def test_an_error_on_the_ranks_is_told_once_and_plainly(workplace: Path) -> None
     ],
     ids=["multi-latent attention, MTP", "tensor and sequence parallel, groups, capacity"],
 )
-def test_other_models_train_too(words: tuple[str, ...], workplace: Path) -> None:
+def test_other_models_train_too(words: tuple[str, ...], folder: Path) -> None:
     name = words[0].strip("-")
-    _finish(_start(workplace, name, *words, "--train-iters", "8"))
-    losses = [record["loss"] for record in _records(workplace, name) if "loss" in record]
+    _finish(_start(folder, name, *words, "--train-iters", "8"))
+    losses = [record["loss"] for record in _records(folder, name) if "loss" in record]
     assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("name", ["dispatch_combine.py", "pretrain.py"])
-def test_example_scripts_run_under_torchrun(name: str, workplace: Path) -> None:
+def test_example_scripts_run_under_torchrun(name: str, folder: Path) -> None:
     arguments = []
     if name == "pretrain.py":
         arguments = [str(EXAMPLES / "ci.yaml"), "--train-iters", "4", "--run-dir", "script"]
@@ -192,7 +192,7 @@ def test_example_scripts_run_under_torchrun(name: str, workplace: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     process = subprocess.Popen(
         [*command, str(EXAMPLES / name), *arguments],
-        cwd=workplace,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
