@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "bindings.h"
 #include "cpu/exchange.h"
 
@@ -11,6 +14,9 @@ using py::operator""_a;
 
 namespace ep {
 namespace {
+
+constexpr double kSpinSeconds = 500e-6;
+constexpr int kNumYields = 16;
 
 void check_python_signals() {
     const py::gil_scoped_acquire gil;
@@ -37,75 +43,70 @@ std::unique_ptr<Exchange> make_exchange(const std::string& folder,
                                         int num_threads,
                                         double timeout,
                                         bool has_core_per_rank) {
-    // Where ranks outnumber cores a spinning rank keeps the one it waits for from running.
-    const WaitOptions wait{timeout, has_core_per_rank ? 0 : 16, has_core_per_rank ? 2000 : 0,
-                           check_python_signals};
+    // Where ranks outnumber cores a spinning rank keeps the one it waits for from running. Where
+    // each has its own, sleeping costs more than the wait: waking an idle core takes 50 us and
+    // more.
+    const WaitOptions wait{timeout, has_core_per_rank ? kSpinSeconds : 0.0,
+                           has_core_per_rank ? 0 : kNumYields, check_python_signals};
     return std::make_unique<Exchange>(
         folder, name, rank, num_ranks,
         ExchangeOptions{max_bytes, max_view_bytes, streaming_bytes, num_threads, wait});
 }
 
+// Positional and flat: a call moves a few kilobytes at times, and looking up names costs as much.
 Dispatched dispatch(Exchange& exchange,
                     const std::vector<int64_t>& call,
-                    const py::dict& routing,
-                    const py::dict& rows,
-                    uintptr_t routes) {
-    const auto number = [](const py::dict& from, const char* key) {
-        return from[key].cast<int64_t>();
-    };
-    const auto address = [](const py::dict& from, const char* key) {
-        return from[key].cast<uintptr_t>();
-    };
-    const auto size = [&](const char* key) { return static_cast<size_t>(number(rows, key)); };
+                    uintptr_t topk_idx,
+                    size_t idx_item_bytes,
+                    const std::tuple<int64_t, int, int, bool, int64_t>& routing,
+                    const std::tuple<uintptr_t, uintptr_t, uintptr_t>& rows,
+                    const std::tuple<size_t, size_t, size_t>& row_bytes,
+                    uintptr_t routes,
+                    const std::optional<std::vector<int64_t>>& num_rows_per_rank,
+                    const std::optional<std::vector<int64_t>>& valid_per_expert) {
     DispatchArgs args{};
     args.call = call;
-    args.routing = {
-        .topk_idx = pointer<void>(address(routing, "topk_idx")),
-        .is_int64 = number(routing, "is_int64") != 0,
-        .num_tokens = number(routing, "num_tokens"),
-        .num_topk = static_cast<int>(number(routing, "num_topk")),
-        .num_experts = static_cast<int>(number(routing, "num_experts")),
-        .num_ranks = static_cast<int>(number(routing, "num_ranks")),
-        .expand = number(routing, "expand") != 0,
-        .alignment = number(routing, "alignment"),
-    };
-    args.operation = routing.contains("num_rows_per_rank") ? kCachedDispatch : kDispatch;
-    if (args.operation == kCachedDispatch) {
-        args.num_rows_per_rank = routing["num_rows_per_rank"].cast<std::vector<int64_t>>();
-        args.valid_per_expert = routing["valid_per_expert"].cast<std::vector<int64_t>>();
-    }
+    args.operation = num_rows_per_rank ? kCachedDispatch : kDispatch;
+    args.routing.topk_idx = pointer<void>(topk_idx);
+    args.routing.is_int64 = idx_item_bytes == 8;
+    args.routing.num_ranks = exchange.num_ranks();
+    std::tie(args.routing.num_tokens, args.routing.num_topk, args.routing.num_experts,
+             args.routing.expand, args.routing.alignment) = routing;
+    if (num_rows_per_rank) args.num_rows_per_rank = *num_rows_per_rank;
+    if (valid_per_expert) args.valid_per_expert = *valid_per_expert;
     args.routes = routes_at(routes, args.routing.num_tokens * args.routing.num_topk);
-    args.row_bytes = {size("x_bytes"), size("scales_bytes"), size("weights_bytes"),
-                      size("idx_bytes")};
-    args.x = pointer<const char>(address(rows, "x"));
-    args.scales = pointer<const char>(address(rows, "scales"));
-    args.weights = pointer<const char>(address(rows, "weights"));
+    std::tie(args.row_bytes.x, args.row_bytes.scales, args.row_bytes.weights) = row_bytes;
+    // Expert ids travel once, by rank; expert-major rows say by their place whose they are.
+    args.row_bytes.idx = args.operation == kDispatch && !args.routing.expand ? idx_item_bytes : 0;
+    args.x = pointer<const char>(std::get<0>(rows));
+    args.scales = pointer<const char>(std::get<1>(rows));
+    args.weights = pointer<const char>(std::get<2>(rows));
     const py::gil_scoped_release no_gil;
     return exchange.dispatch(args);
 }
 
 bool combine(Exchange& exchange,
              const std::vector<int64_t>& call,
-             const py::dict& sizes,
-             const py::dict& addresses) {
-    const auto number = [&](const char* key) { return sizes[key].cast<int64_t>(); };
-    const auto address = [&](const char* key) { return addresses[key].cast<uintptr_t>(); };
+             const std::tuple<int64_t, int, bool, int64_t>& sizes,
+             int dtype,
+             size_t hidden,
+             size_t weight_bytes,
+             const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& inputs,
+             uintptr_t out,
+             uintptr_t out_weights) {
     CombineArgs args{};
     args.call = call;
-    args.num_tokens = number("num_tokens");
-    args.num_topk = static_cast<int>(number("num_topk"));
-    args.expand = number("expand") != 0;
-    args.num_rows = number("num_rows");
-    args.dtype = static_cast<DType>(number("dtype"));
-    args.hidden = static_cast<size_t>(number("hidden"));
-    args.weight_bytes = static_cast<size_t>(number("weight_bytes"));
-    args.routes = routes_at(address("routes"), args.num_tokens * args.num_topk);
-    args.x = pointer<const char>(address("x"));
-    args.weights = pointer<const char>(address("weights"));
-    args.bias_0 = pointer<const char>(address("bias_0"));
-    args.bias_1 = pointer<const char>(address("bias_1"));
-    args.out = pointer<char>(address("out"));
-    args.out_weights = pointer<char>(address("out_weights"));
+    std::tie(args.num_tokens, args.num_topk, args.expand, args.num_rows) = sizes;
+    args.dtype = static_cast<DType>(dtype);
+    args.hidden = hidden;
+    args.weight_bytes = weight_bytes;
+    args.routes = routes_at(std::get<0>(inputs), args.num_tokens * args.num_topk);
+    args.x = pointer<const char>(std::get<1>(inputs));
+    args.weights = pointer<const char>(std::get<2>(inputs));
+    args.bias_0 = pointer<const char>(std::get<3>(inputs));
+    args.bias_1 = pointer<const char>(std::get<4>(inputs));
+    args.out = pointer<char>(out);
+    args.out_weights = pointer<char>(out_weights);
     const py::gil_scoped_release no_gil;
     return exchange.combine(args);
 }
@@ -143,8 +144,8 @@ void bind_exchange(py::module_& m) {
         .def("attach", &Exchange::attach, "names"_a, no_gil)
         .def("unlink", &Exchange::unlink)
         .def("reserve", &Exchange::reserve, "num_bytes"_a, no_gil)
-        .def("dispatch", &dispatch, "call"_a, "routing"_a, "rows"_a, "routes"_a)
-        .def("combine", &combine, "call"_a, "sizes"_a, "addresses"_a)
+        .def("dispatch", &dispatch)
+        .def("combine", &combine)
         .def("report_failure", &Exchange::report_failure, "operation"_a, "error"_a, no_gil)
         .def("reports", &Exchange::reports)
         .def("allocate", &Exchange::allocate, "num_bytes"_a, no_gil)

@@ -1,6 +1,6 @@
 """The compiled CPU side (csrc/bindings_cpu.cpp). Addresses are not checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 def row_kernel_names() -> list[str]:
     """Name the builds of the row kernels that this CPU runs, slowest first."""
@@ -70,11 +70,34 @@ class Exchange:
     def unlink(self) -> None: ...
     def reserve(self, num_bytes: int) -> None: ...
     def dispatch(
-        self, call: list[int], routing: Mapping[str, object], rows: dict[str, int], routes: int
-    ) -> Dispatched: ...
+        self,
+        call: Sequence[int],
+        topk_idx: int,
+        idx_item_bytes: int,
+        routing: tuple[int, int, int, bool, int],
+        rows: tuple[int, int, int],
+        row_bytes: tuple[int, int, int],
+        routes: int,
+        num_rows_per_rank: Sequence[int] | None,
+        valid_per_expert: Sequence[int] | None,
+        /,
+    ) -> Dispatched:
+        """Dispatch rows (x, scales, weights), routed by (T, K, E, expand, alignment)."""
+
     def combine(
-        self, call: list[int], sizes: dict[str, int], addresses: dict[str, int]
-    ) -> bool: ...
+        self,
+        call: Sequence[int],
+        sizes: tuple[int, int, bool, int],
+        dtype: int,
+        hidden: int,
+        weight_bytes: int,
+        inputs: tuple[int, int, int, int, int],
+        out: int,
+        out_weights: int,
+        /,
+    ) -> bool:
+        """Combine (routes, x, weights, bias, bias) of sizes (T, K, expand, N)."""
+
     def report_failure(self, operation: int, error: str) -> None: ...
     def reports(self) -> list[Report]: ...
     def allocate(self, num_bytes: int) -> Block | None: ...

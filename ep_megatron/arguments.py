@@ -40,7 +40,7 @@ def check_sum_dtype(operation: str, name: str, x: Tensor) -> None:
 
 
 def check_topk_idx(operation: str, topk_idx: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """Return `topk_idx` contiguous, or raise: `[T, K]` int32 or int64 in `[-1, num_experts)`."""
+    """Return `topk_idx` contiguous, or raise: `[T, K]` int32 or int64. See `check_topk_range`."""
     _check_tensor(operation, "topk_idx", topk_idx)
     if topk_idx.ndim != 2 or not 1 <= topk_idx.shape[1] <= MAX_TOPK:
         raise _error(operation, "topk_idx", f"[*, 1..{MAX_TOPK}]", str(list(topk_idx.shape)))
@@ -49,6 +49,11 @@ def check_topk_idx(operation: str, topk_idx: Tensor, num_experts: int, num_ranks
     if topk_idx.numel() > MAX_ROWS:
         raise _error(operation, "topk_idx", f"at most {MAX_ROWS} slots", str(topk_idx.numel()))
     check_num_experts(operation, num_experts, num_ranks)
+    return topk_idx.contiguous()
+
+
+def check_topk_range(operation: str, topk_idx: Tensor, num_experts: int) -> None:
+    """Raise unless every entry is in `[-1, num_experts)`; a compiled plan finds out by itself."""
     if topk_idx.numel():
         low, high = (int(value) for value in torch.aminmax(topk_idx))
         if low < -1 or high >= num_experts:
@@ -58,7 +63,6 @@ def check_topk_idx(operation: str, topk_idx: Tensor, num_experts: int, num_ranks
                 f"in [0, {num_experts}), or -1 for an unused slot",
                 str(low if low < -1 else high),
             )
-    return topk_idx.contiguous()
 
 
 def check_num_experts(operation: str, num_experts: int, num_ranks: int) -> None:
@@ -114,7 +118,8 @@ def dispatch_rows(
     if isinstance(routing, Routing):
         topk_idx = check_topk_idx(operation, routing.topk_idx, routing.num_experts, num_ranks)
         check_alignment(operation, routing.expert_alignment)
-        routing = replace(routing, topk_idx=topk_idx)
+        if topk_idx is not routing.topk_idx:
+            routing = replace(routing, topk_idx=topk_idx)
         num_tokens, num_topk = topk_idx.shape
         if isinstance(data, Tensor) and topk_idx.device != data.device:
             raise _error(operation, "topk_idx", f"on {data.device} like x", str(topk_idx.device))

@@ -11,7 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron import backends, layout
-from ep_megatron.arguments import check_topk_idx, combine_rows, dispatch_rows
+from ep_megatron.arguments import (
+    check_topk_idx,
+    check_topk_range,
+    combine_rows,
+    dispatch_rows,
+)
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.config import BufferConfig
 from ep_megatron.handle import DispatchHandle
@@ -115,6 +120,7 @@ class Buffer:
         """
         _wait(previous_event)
         topk_idx = check_topk_idx("get_dispatch_layout", topk_idx, num_experts, self.group_size)
+        check_topk_range("get_dispatch_layout", topk_idx, num_experts)
         counts = layout.count_tokens(topk_idx, num_experts, self.group_size)
         return (
             counts.num_tokens_per_rank,

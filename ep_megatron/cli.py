@@ -58,7 +58,7 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
     num_experts: Annotated[int, typer.Option(help="Experts on all ranks.")] = 64,
     implementation: Annotated[str, typer.Option(help="Which, by comma; all without.")] = "",
     direction: Annotated[str, typer.Option(help="forward, forward_backward or both.")] = "",
-    samples: Annotated[int, typer.Option(help="Samples of each; medians are reported.")] = 7,
+    samples: Annotated[int, typer.Option(help="Samples of each; medians are reported.")] = 15,
     baseline: Annotated[str, typer.Option(help="Whose time the ratios are over.")] = (
         "shared_memory"
     ),

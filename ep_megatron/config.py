@@ -18,14 +18,15 @@ class BufferConfig:
         timeout: seconds a rank waits for the others inside one call before it raises.
         num_threads: threads that move rows on a CPU; None takes the cores this process may use,
             divided by the ranks on this host, at most four.
-        initial_bytes: bytes of shared memory made ready (allocated and faulted in) at the start.
+        initial_bytes: bytes of shared memory made ready (allocated and faulted in) at the start;
+            growing later costs about a second per gigabyte.
         max_bytes: most bytes of shared memory this rank may allocate for rows; None takes 80 % of
             what is free on the file system, divided by the ranks on this host.
         max_view_bytes: most bytes that may live in tensors handed out as views of shared memory;
             beyond it received rows are copied to ordinary tensors. None takes half of `max_bytes`.
         streaming_bytes: rows go out by non-temporal stores when a call moves at least this many
             bytes per rank; None takes a quarter of the last-level cache.
-        shm_dir: the memory file system for the segments; one mounted with huge pages is faster.
+        shm_dir: the memory file system for the segments.
         host_id: overrides the automatic answer to "which ranks share a host".
     """
 

@@ -11,14 +11,14 @@ namespace {
 
 constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
 constexpr int kMaxTopk = 128;
-constexpr int kPrefetchLines = 4;
+constexpr size_t kPrefetchBytes = 256;  // until the hardware has noticed where a row goes on
 
 size_t round_up(size_t count, size_t alignment) {
     return (count + alignment - 1) / alignment * alignment;
 }
 
-void prefetch_row(const char* row) {
-    for (int line = 0; line < kPrefetchLines; ++line) __builtin_prefetch(row + 64 * line);
+void prefetch_row(const char* row, size_t num_bytes) {
+    for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at);
 }
 
 /// Copy the few bytes beside a row, of one of the usual sizes.
@@ -27,6 +27,12 @@ void copy_small(char* out, const char* value, size_t num_bytes) {
         std::memcpy(out, value, 4);
     else
         std::memcpy(out, value, num_bytes);
+}
+
+void write_error(Post& post, ErrorKind kind, const std::string& error) {
+    post.error_kind = kind;
+    std::strncpy(post.error, error.c_str(), kErrorBytes - 1);
+    post.error[kErrorBytes - 1] = 0;
 }
 
 }  // namespace
@@ -112,9 +118,7 @@ void Exchange::report_failure(uint32_t operation, const std::string& error) {
     const std::lock_guard lock(mutex_);
     begin(operation, {});
     Post& post = meeting_->own_post();
-    post.error_kind = kBadArguments;
-    std::strncpy(post.error, error.c_str(), kErrorBytes - 1);
-    post.error[kErrorBytes - 1] = 0;
+    write_error(post, kBadArguments, error);
     meet();
 }
 
@@ -139,7 +143,12 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
     if (is_fresh) {
         std::fill_n(post.num_tokens_per_rank, args.routing.num_ranks, 0);
         std::fill_n(post.num_tokens_per_expert, args.routing.num_experts, 0);
-        count_tokens(args.routing, post.num_tokens_per_rank, post.num_tokens_per_expert);
+        const int64_t wrong =
+            count_tokens(args.routing, post.num_tokens_per_rank, post.num_tokens_per_expert);
+        if (wrong != kAllInRange)
+            write_error(post, kBadArguments,
+                        text("expected topk_idx to be in [0, ", args.routing.num_experts,
+                             "), or -1 for an unused slot, got ", wrong));
     }
     std::shared_ptr<Block> block = arena_->allocate_largest();
     if (block != nullptr) {
@@ -287,6 +296,7 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
     const auto push_range = [&](int64_t begin, int64_t end) {
         for (auto token = static_cast<size_t>(begin); token < static_cast<size_t>(end); ++token) {
             const char* source = args.x + token * bytes.x;
+            if (token + 1 < static_cast<size_t>(end)) prefetch_row(source + bytes.x, bytes.x);
             for (size_t at = token * num_topk; at < (token + 1) * num_topk; ++at) {
                 const int rank = args.routes.rank[at];
                 if (rank < 0) break;
@@ -341,9 +351,7 @@ bool Exchange::combine(const CombineArgs& args) {
     try {
         staged = stage(args);
     } catch (const std::exception& exception) {
-        post.error_kind = kNoMemory;
-        std::strncpy(post.error, exception.what(), kErrorBytes - 1);
-        post.error[kErrorBytes - 1] = 0;
+        write_error(post, kNoMemory, exception.what());
     }
     post.rows_offset = staged.rows_offset;
     post.weights_offset = staged.weights_offset;
@@ -421,7 +429,8 @@ void Exchange::pull(const CombineArgs& args) {
                 // The next token's rows are scattered: no hardware prefetcher finds their start.
                 for (size_t at = num_topk; at < 2 * num_topk && ranks[at] >= 0; ++at)
                     prefetch_row(rows[static_cast<size_t>(ranks[at])] +
-                                 static_cast<size_t>(places[at]) * row_bytes);
+                                     static_cast<size_t>(places[at]) * row_bytes,
+                                 kPrefetchBytes);
             }
             const auto bias = [&](const char* bias) -> const void* {
                 return bias == nullptr ? nullptr : bias + token * row_bytes;

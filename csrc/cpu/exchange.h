@@ -108,6 +108,7 @@ class Exchange {
     std::shared_ptr<Block> allocate(size_t num_bytes);
 
     void close();
+    int num_ranks() const { return static_cast<int>(segments_.size()); }
     size_t committed() const { return arena_->committed(); }
     size_t num_bytes_in_use() const { return arena_->num_bytes_in_use(); }
 

@@ -16,6 +16,7 @@ namespace ep {
 namespace {
 
 constexpr long kLookAroundNanoseconds = 50'000'000;
+constexpr int kPausesPerLook = 32;  // at the clock
 
 double now() {
     timespec time;
@@ -119,16 +120,18 @@ void Meeting::wait(const std::atomic<uint32_t>& word,
                    const char* phase,
                    const IsMissing& is_missing,
                    Sleep sleep) {
-    for (int spin = 0; spin < options_.num_spins; ++spin) {
-        if (is_reached(word, epoch_)) return;
-        pause();
+    if (is_reached(word, epoch_)) return;
+    const double start = now();
+    while (now() - start < options_.spin_seconds) {
+        for (int spin = 0; spin < kPausesPerLook; ++spin) {
+            if (is_reached(word, epoch_)) return;
+            pause();
+        }
     }
     for (int yield = 0; yield < options_.num_yields; ++yield) {
         if (is_reached(word, epoch_)) return;
         sched_yield();
     }
-    if (is_reached(word, epoch_)) return;
-    const double start = now();
     double last_look = start;
     while (!is_reached(word, epoch_)) {
         const uint32_t seen = word.load(std::memory_order_relaxed);

@@ -15,8 +15,8 @@ using InterruptCheck = std::function<void()>;
 
 struct WaitOptions {
     double timeout_seconds;
-    int num_yields;  // sched_yield() calls before a wait sleeps: where ranks outnumber cores
-    int num_spins;   // pauses before that: where each rank has a core
+    double spin_seconds;  // before a wait yields or sleeps: where each rank has a core
+    int num_yields;       // sched_yield() calls before it sleeps: where ranks outnumber cores
     InterruptCheck check_interrupt;
 };
 

@@ -5,20 +5,33 @@
 namespace ep {
 namespace {
 
+/// A division per slot is most of the time of planning; a look-up is not.
+std::vector<int32_t> ranks_of_experts(const Routing& routing) {
+    std::vector<int32_t> ranks(static_cast<size_t>(routing.num_experts));
+    for (int expert = 0; expert < routing.num_experts; ++expert)
+        ranks[static_cast<size_t>(expert)] = expert / routing.experts_per_rank();
+    return ranks;
+}
+
 template <class Index>
-void count(const Routing& routing, const Index* topk_idx, int32_t* per_rank, int32_t* per_expert) {
-    const int experts_per_rank = routing.experts_per_rank();
+int64_t count(const Routing& routing,
+              const Index* topk_idx,
+              int32_t* per_rank,
+              int32_t* per_expert) {
+    const std::vector<int32_t> rank_of = ranks_of_experts(routing);
     std::vector<int64_t> last_token(static_cast<size_t>(routing.num_ranks), -1);
     for (int64_t token = 0; token < routing.num_tokens; ++token) {
-        for (int slot = 0; slot < routing.num_topk; ++slot) {
-            const auto expert = static_cast<int>(topk_idx[token * routing.num_topk + slot]);
+        for (int slot = 0; slot < routing.num_topk; ++slot, ++topk_idx) {
+            const int64_t expert = *topk_idx;
+            if (expert < -1 || expert >= routing.num_experts) return expert;
             if (expert < 0) continue;
             ++per_expert[expert];
-            int64_t& last = last_token[static_cast<size_t>(expert / experts_per_rank)];
-            if (last != token) ++per_rank[expert / experts_per_rank];
-            last = token;
+            const auto rank = static_cast<size_t>(rank_of[static_cast<size_t>(expert)]);
+            per_rank[rank] += last_token[rank] != token;
+            last_token[rank] = token;
         }
     }
+    return kAllInRange;
 }
 
 /// The row that the next token of `source` takes: per expert (expand) or per destination rank.
@@ -42,44 +55,46 @@ void address(const Routing& routing,
              const Index* topk_idx,
              std::vector<int64_t> next,
              Routes routes) {
-    const int experts_per_rank = routing.experts_per_rank();
+    const std::vector<int32_t> rank_of = ranks_of_experts(routing);
+    std::vector<int64_t> last_token(static_cast<size_t>(routing.num_ranks), -1);
+    // A token's slots, ascending by rank, then slot: both in one number, to move one array only.
+    constexpr int kSlotBits = 8;
+    int32_t sorted[1 << kSlotBits];
     for (int64_t token = 0; token < routing.num_tokens; ++token) {
-        const int64_t first = token * routing.num_topk;
-        int32_t* ranks = routes.rank + first;
-        int32_t* rows = routes.row + first;
-        int32_t* slots = routes.slot + first;
         int num_routes = 0;
         for (int slot = 0; slot < routing.num_topk; ++slot) {
-            const auto expert = static_cast<int>(topk_idx[first + slot]);
-            if (expert < 0) continue;
-            const int rank = expert / experts_per_rank;
-            // Insert behind the routes to the same or an earlier rank.
-            int place = num_routes;
-            while (place > 0 && ranks[place - 1] > rank) --place;
-            if (!routing.expand && place > 0 && ranks[place - 1] == rank) continue;
-            for (int move = num_routes; move > place; --move) {
-                ranks[move] = ranks[move - 1];
-                rows[move] = rows[move - 1];
-                slots[move] = slots[move - 1];
-            }
-            const auto key = static_cast<size_t>(routing.expand ? expert : rank);
-            ranks[place] = rank;
-            rows[place] = static_cast<int32_t>(next[key]++);
-            slots[place] = slot;
-            ++num_routes;
+            if (topk_idx[slot] < 0) continue;
+            const int32_t rank = rank_of[static_cast<size_t>(topk_idx[slot])];
+            int64_t& last = last_token[static_cast<size_t>(rank)];
+            if (!routing.expand && std::exchange(last, token) == token) continue;
+            const int32_t key = rank << kSlotBits | slot;
+            int place = num_routes++;
+            for (; place > 0 && sorted[place - 1] > key; --place) sorted[place] = sorted[place - 1];
+            sorted[place] = key;
         }
-        for (; num_routes < routing.num_topk; ++num_routes)
-            ranks[num_routes] = rows[num_routes] = slots[num_routes] = -1;
+        for (int route = 0; route < num_routes; ++route) {
+            const int32_t rank = sorted[route] >> kSlotBits;
+            const int32_t slot = sorted[route] & ((1 << kSlotBits) - 1);
+            const auto key = static_cast<size_t>(routing.expand ? topk_idx[slot] : rank);
+            routes.rank[route] = rank;
+            routes.row[route] = static_cast<int32_t>(next[key]++);
+            routes.slot[route] = slot;
+        }
+        for (int route = num_routes; route < routing.num_topk; ++route)
+            routes.rank[route] = routes.row[route] = routes.slot[route] = -1;
+        topk_idx += routing.num_topk;
+        routes.rank += routing.num_topk;
+        routes.row += routing.num_topk;
+        routes.slot += routing.num_topk;
     }
 }
 
 }  // namespace
 
-void count_tokens(const Routing& routing, int32_t* per_rank, int32_t* per_expert) {
+int64_t count_tokens(const Routing& routing, int32_t* per_rank, int32_t* per_expert) {
     if (routing.is_int64)
-        count(routing, static_cast<const int64_t*>(routing.topk_idx), per_rank, per_expert);
-    else
-        count(routing, static_cast<const int32_t*>(routing.topk_idx), per_rank, per_expert);
+        return count(routing, static_cast<const int64_t*>(routing.topk_idx), per_rank, per_expert);
+    return count(routing, static_cast<const int32_t*>(routing.topk_idx), per_rank, per_expert);
 }
 
 void make_routes(const Routing& routing, const Totals& totals, int source, Routes routes) {

@@ -33,8 +33,10 @@ struct Routes {
     int32_t* slot;
 };
 
-/// Add this rank's counts to zeroed [num_ranks] and [num_experts].
-void count_tokens(const Routing& routing, int32_t* per_rank, int32_t* per_expert);
+constexpr int64_t kAllInRange = -1;
+/// Add this rank's counts to zeroed [num_ranks] and [num_experts]. Returns kAllInRange, or the
+/// first number that is no expert and not -1; the counts are then of no use.
+int64_t count_tokens(const Routing& routing, int32_t* per_rank, int32_t* per_expert);
 
 /// All ranks' counts, and what follows from them.
 struct Totals {

@@ -15,6 +15,9 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; where it is missing pages are faulted in by use
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1; where it is missing pages stay small
+#endif
 
 namespace ep {
 namespace {
@@ -107,6 +110,7 @@ void Segment::commit(size_t num_bytes) {
     if (num_bytes <= num_ready_) return;
     if (num_bytes > num_bytes_)
         fail(num_bytes, " bytes of shared memory are needed and ", num_bytes_, " are the limit");
+    collapse(num_bytes);
     // posix_fallocate would write zeros by hand where the file system lacks the call.
     while (fallocate(file_, 0, static_cast<off_t>(num_ready_),
                      static_cast<off_t>(num_bytes - num_ready_)) != 0) {
@@ -116,10 +120,20 @@ void Segment::commit(size_t num_bytes) {
     populate(num_bytes);
 }
 
+/// Ask for huge pages between what is ready and `num_bytes`. Rows are scattered, so with small
+/// pages every row costs a walk through the page tables, which is a good part of moving it. The
+/// request needs no privilege and no mount option; it may fail without harm.
+void Segment::collapse(size_t num_bytes) {
+    const size_t first = num_ready_ / kHugePage * kHugePage;
+    const size_t end = num_bytes / kHugePage * kHugePage;
+    if (end > first) madvise(base_ + first, end - first, MADV_COLLAPSE);
+}
+
 void Segment::populate(size_t num_bytes) {
     constexpr size_t kPage = 4096;
     const size_t first = num_ready_ / kPage * kPage;
     if (num_bytes <= first) return;
+    if (!is_owner_) collapse(num_bytes);  // the owner has them by now; this maps them as such
     madvise(base_ + first, num_bytes - first, MADV_POPULATE_WRITE);
     num_ready_ = num_bytes;
 }

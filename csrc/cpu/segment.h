@@ -42,6 +42,7 @@ class Segment {
  private:
     Segment(std::string path, int file, size_t num_bytes, bool is_owner);
     void map();
+    void collapse(size_t num_bytes);
 
     std::string path_;
     int file_;

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Call, Routing, Rows
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.handle import DispatchHandle
@@ -43,6 +44,11 @@ class ProcessGroupBackend:
 
     def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
+        try:
+            check_topk_range("dispatch", routing.topk_idx, routing.num_experts)
+        except ValueError as error:
+            self.fail("dispatch", str(error).removeprefix("dispatch: "))
+            raise
         self._agree("dispatch", Call.of("dispatch", rows, routing))
         handle, local_idx, weights = self._plan(rows, routing)
         return self._deliver(rows, handle, local_idx, weights), handle

@@ -8,7 +8,7 @@ csrc/cpu/control.h.
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -95,19 +95,10 @@ class SharedMemoryBackend:
         """See `Backend.dispatch`."""
         num_tokens, num_topk = routing.topk_idx.shape
         routes = torch.empty(3, num_tokens, num_topk, dtype=torch.int32)
-        sizes = {
-            "topk_idx": routing.topk_idx.data_ptr(),
-            "is_int64": routing.topk_idx.dtype == torch.int64,
-            "num_tokens": num_tokens,
-            "num_topk": num_topk,
-            "num_experts": routing.num_experts,
-            "num_ranks": self.num_ranks,
-            "expand": routing.expand,
-            "alignment": routing.expert_alignment,
-        }
         call = Call.of("dispatch", rows, routing)
-        idx_bytes = routing.topk_idx.element_size()
-        result, received = self._dispatch("dispatch", rows, sizes, call, routes, idx_bytes)
+        result, received = self._dispatch(
+            "dispatch", rows, call, num_tokens, routing.topk_idx, routes
+        )
         alignment = routing.expert_alignment
         valid = tuple(result.valid_per_expert)
         handle = DispatchHandle(
@@ -133,20 +124,16 @@ class SharedMemoryBackend:
 
     def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
         """See `Backend.dispatch_again`."""
-        sizes = {
-            "topk_idx": _address(handle.topk_idx),
-            "is_int64": handle.topk_idx is not None and handle.topk_idx.dtype == torch.int64,
-            "num_tokens": handle.num_tokens,
-            "num_topk": handle.num_topk,
-            "num_experts": handle.num_experts,
-            "num_ranks": self.num_ranks,
-            "expand": handle.expand,
-            "alignment": handle.expert_alignment,
-            "num_rows_per_rank": list(handle.num_rows_per_rank),
-            "valid_per_expert": list(handle.num_valid_tokens_per_expert),
-        }
         call = Call.of("cached dispatch", rows, handle)
-        return self._dispatch("cached dispatch", rows, sizes, call, handle.routes, 0)[1]
+        return self._dispatch(
+            "cached dispatch",
+            rows,
+            call,
+            handle.num_tokens,
+            handle.topk_idx,
+            handle.routes,
+            handle,
+        )[1]
 
     def combine(
         self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
@@ -157,27 +144,24 @@ class SharedMemoryBackend:
         out_weights = None
         if weights is not None:
             out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
-        sizes = {
-            "num_tokens": handle.num_tokens,
-            "num_topk": handle.num_topk,
-            "expand": handle.expand,
-            "num_rows": len(x),
-            "dtype": _SUM_DTYPES.index(x.dtype),
-            "hidden": x.shape[1],
-            "weight_bytes": 0 if weights is None else weights.element_size(),
-        }
-        addresses = {
-            "routes": handle.routes.data_ptr(),
-            "x": x.data_ptr(),
-            "weights": _address(weights),
-            "bias_0": _address(biases[0]) if len(biases) > 0 else 0,
-            "bias_1": _address(biases[1]) if len(biases) > 1 else 0,
-            "out": out.data_ptr(),
-            "out_weights": _address(out_weights),
-        }
         self._num_calls += 1
-        call = Call.of("combine", rows, handle)
-        if not self._exchange.combine(list(call), sizes, addresses):
+        is_agreed = self._exchange.combine(
+            Call.of("combine", rows, handle),
+            (handle.num_tokens, handle.num_topk, handle.expand, x.shape[0]),
+            _SUM_DTYPES.index(x.dtype),
+            x.shape[1],
+            0 if weights is None else weights.element_size(),
+            (
+                handle.routes.data_ptr(),
+                x.data_ptr(),
+                _address(weights),
+                _address(biases[0]) if len(biases) > 0 else 0,
+                _address(biases[1]) if len(biases) > 1 else 0,
+            ),
+            out.data_ptr(),
+            _address(out_weights),
+        )
+        if not is_agreed:
             self._raise_disagreement("combine")
         return out, out_weights
 
@@ -213,25 +197,30 @@ class SharedMemoryBackend:
         self,
         operation: str,
         rows: Rows,
-        sizes: Mapping[str, object],
         call: Call,
+        num_tokens: int,
+        topk_idx: Tensor | None,
         routes: Tensor,
-        idx_bytes: int,
+        handle: DispatchHandle | None = None,
     ) -> tuple[_cpu.Dispatched, Rows]:
         x, scales, weights = rows.x, rows.scales, rows.topk_weights
-        expand = bool(sizes["expand"])
-        num_topk = call.num_topk
-        parts = {
-            "x": x.data_ptr(),
-            "scales": _address(scales),
-            "weights": _address(weights),
-            "x_bytes": x.shape[1] * x.element_size(),
-            "scales_bytes": 0 if scales is None else scales.shape[1] * scales.element_size(),
-            "weights_bytes": 0 if weights is None else weights.element_size(),
-            "idx_bytes": idx_bytes,
-        }
+        expand, num_topk = bool(call.expand), call.num_topk
         self._num_calls += 1
-        result = self._exchange.dispatch(list(call), sizes, parts, routes.data_ptr())
+        result = self._exchange.dispatch(
+            call,
+            _address(topk_idx),
+            0 if topk_idx is None else topk_idx.element_size(),
+            (num_tokens, num_topk, call.num_experts, expand, call.expert_alignment),
+            (x.data_ptr(), _address(scales), _address(weights)),
+            (
+                x.shape[1] * x.element_size(),
+                0 if scales is None else scales.shape[1] * scales.element_size(),
+                0 if weights is None else weights.element_size(),
+            ),
+            routes.data_ptr(),
+            None if handle is None else handle.num_rows_per_rank,
+            None if handle is None else handle.num_valid_tokens_per_expert,
+        )
         if not result.is_agreed:
             self._raise_disagreement(operation)
         num_rows = result.num_rows_per_rank[self.rank]
@@ -250,8 +239,8 @@ class SharedMemoryBackend:
             view(0, x, num_rows, x.shape[1]),
             None if scales is None else view(result.scales_at, scales, num_rows, scales.shape[1]),
             None if weights is None else view(result.weights_at, weights, num_rows, *columns),
-            view(result.idx_at, _like_idx(idx_bytes), num_rows, num_topk)
-            if idx_bytes and not expand
+            view(result.idx_at, topk_idx, num_rows, num_topk)
+            if topk_idx is not None and handle is None and not expand
             else None,
         )
         return result, received
@@ -268,10 +257,6 @@ class SharedMemoryBackend:
             )
         check_agreement(operation, [PeerReport(r.call, r.error) for r in reports])
         raise AssertionError(f"{operation}: the ranks disagree in nothing that is named")
-
-
-def _like_idx(num_bytes: int) -> Tensor:
-    return torch.empty(0, dtype=torch.int64 if num_bytes == 8 else torch.int32)
 
 
 def _address(tensor: Tensor | None) -> int:

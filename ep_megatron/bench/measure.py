@@ -1,8 +1,10 @@
-"""One process of the benchmark: every implementation in turn, sample after sample.
+"""One process of the benchmark: every implementation in turn, one step at a time.
 
-A sample is the wall time from the first rank's start to the last rank's end, divided by the steps
-in it; so many steps that starting together does not matter. Samples of all implementations take
-turns, so that a ratio compares neighbours in time on a machine whose speed drifts.
+A sample is one step: the wall time from the first rank's start to the last rank's end. Memory is
+faulted in and lazily built things exist, but the caches hold what the implementation before has
+left there, as they hold what the experts' matrix products have left there in training. Samples of
+all implementations take turns, so that a ratio compares neighbours in time on a machine whose speed
+drifts.
 """
 
 import json
@@ -36,8 +38,7 @@ _MAKERS: dict[str, Any] = {
 }
 LIMIT = "limit"  # the faster of the two kinds of copy
 IMPLEMENTATIONS = (*(name for name in _MAKERS if not name.startswith(LIMIT)), LIMIT)
-_SECONDS_PER_SAMPLE = 0.02
-_MAX_STEPS = 50
+_NUM_WARM_UPS = 3
 
 
 def measure(
@@ -70,16 +71,15 @@ def _measure_case(
         names += [n for n in _MAKERS if n.startswith(LIMIT)]
     steps = {name: _MAKERS[name](case, rank) for name in names}
     payload_bytes = case.payload_bytes()
+    barrier = _Barrier()
     for direction in directions:
-        counts: dict[str, int] = {}
         samples: dict[str, list[float]] = {name: [] for name in names}
-        for name in names:
-            step = steps[name][direction]
-            _sample(step, 2)  # faults memory in, builds what is built lazily
-            counts[name] = _num_steps(_sample(step, 1))
+        for _ in range(_NUM_WARM_UPS):
+            for name in names:
+                barrier.sample(steps[name][direction])
         for _ in range(num_samples):
             for name in names:
-                samples[name].append(_sample(steps[name][direction], counts[name]))
+                samples[name].append(barrier.sample(steps[name][direction]))
         if LIMIT in implementations:
             kinds = [samples.pop(n) for n in names if n.startswith(LIMIT)]
             samples[LIMIT] = min(kinds, key=statistics.median)
@@ -101,18 +101,28 @@ def _measure_case(
             )
 
 
-def _sample(step: Step, count: int) -> float:
-    """Return seconds per step on all ranks together."""
-    dist.barrier()
-    start = time.monotonic_ns()  # one clock for all processes of a host
-    for _ in range(count):
+class _Barrier:
+    """Lets all ranks start together, closer than torch.distributed's barriers do.
+
+    Combining no rows over shared memory is a meeting of all ranks and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = own.buffer_of("shared_memory")
+        self._rows = torch.empty(0, 16)
+        routing = torch.empty(0, 1, dtype=torch.int64)
+        self._handle = self._buffer.dispatch(
+            self._rows, topk_idx=routing, num_experts=self._buffer.group_size
+        )[4]
+
+    def sample(self, step: Step) -> float:
+        """Return the seconds that one step takes on all ranks together."""
+        dist.barrier()  # for who is far behind, asleep
+        assert self._handle is not None
+        self._buffer.combine(self._rows, self._handle)
+        start = time.monotonic_ns()  # one clock for all processes of a host
         step()
-    end = time.monotonic_ns()
-    times = torch.tensor([-start, end])
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    return float(times.sum()) / 1e9 / count
-
-
-def _num_steps(seconds: float) -> int:
-    """Return how many steps fill a sample, the same on all ranks."""
-    return max(1, min(_MAX_STEPS, int(_SECONDS_PER_SAMPLE / seconds)))
+        end = time.monotonic_ns()
+        times = torch.tensor([-start, end])
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+        return float(times.sum()) / 1e9

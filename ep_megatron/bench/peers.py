@@ -25,12 +25,12 @@ class _PackedRows:
         received = torch.empty(case.num_ranks, dtype=torch.int32)
         dist.all_to_all_single(received, self.counts)
         self.send_splits, self.recv_splits = self.counts.tolist(), received.tolist()
-        self.sent = torch.zeros(len(self.order), case.hidden, dtype=torch.bfloat16)
-        self.received = torch.zeros(sum(self.recv_splits), case.hidden, dtype=torch.bfloat16)
-        self.returned = torch.zeros_like(self.sent)
-        self.out = torch.zeros_like(self.x)
-        self.total = torch.zeros(case.num_tokens, case.hidden)
-        self.chunk = torch.zeros(max(1, _CHUNK_BYTES // (4 * case.hidden)), case.hidden)
+        self.sent = torch.ones(len(self.order), case.hidden, dtype=torch.bfloat16)
+        self.received = torch.ones(sum(self.recv_splits), case.hidden, dtype=torch.bfloat16)
+        self.returned = torch.ones_like(self.sent)
+        self.out = torch.ones_like(self.x)
+        self.total = torch.ones(case.num_tokens, case.hidden)
+        self.chunk = torch.ones(max(1, _CHUNK_BYTES // (4 * case.hidden)), case.hidden)
 
     def count(self) -> tuple[Tensor, Tensor]:
         """Return counts per rank, and tokens by destination rank."""
@@ -106,12 +106,12 @@ def mpi(case: Case, rank: int) -> dict[str, Step]:
 def copies(case: Case, rank: int, is_streaming: bool) -> dict[str, Step]:
     """Copy as many bytes as this rank's payload, twice: what dispatch and combine must move."""
     num_bytes = case.payload_bytes() // case.num_ranks // 64 * 64
-    source, target = torch.zeros(num_bytes + 64, dtype=torch.uint8), _aligned(num_bytes)
+    source, target = _aligned(num_bytes), _aligned(num_bytes)
     isa = _cpu.row_kernel_names()[-1]
 
     def copy() -> None:
         if is_streaming:
-            _cpu.copy_row(isa, target.data_ptr(), source.data_ptr() & ~63, num_bytes, True)
+            _cpu.copy_row(isa, target.data_ptr(), source.data_ptr(), num_bytes, True)
         else:
             ctypes.memmove(target.data_ptr(), source.data_ptr(), num_bytes)
 
@@ -127,5 +127,6 @@ def copies(case: Case, rank: int, is_streaming: bool) -> dict[str, Step]:
 
 
 def _aligned(num_bytes: int) -> Tensor:
-    whole = torch.zeros(num_bytes + 64, dtype=torch.uint8)
+    # Written, not zeroed: zeros that nobody wrote are one page that every address maps to.
+    whole = torch.ones(num_bytes + 64, dtype=torch.uint8)
     return whole[-whole.data_ptr() % 64 :][:num_bytes]
