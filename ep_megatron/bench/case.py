@@ -52,6 +52,10 @@ class Case:
         return self.num_copies() * self.hidden * 2
 
 
+# Makes the steps of one implementation, by direction, for one case and rank.
+Maker = Callable[[Case, int], dict[str, Step]]
+
+
 @dataclass(frozen=True)
 class Result:
     """Wall time of one step on all ranks, over all samples."""

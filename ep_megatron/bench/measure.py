@@ -11,20 +11,18 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ep_megatron.bench import megatron_layer, own, peers
-from ep_megatron.bench.case import Case, Result, Step
+from ep_megatron.bench.case import Case, Maker, Result, Step
 
 logger = logging.getLogger(__name__)
 
-Maker = Callable[[Case, int], dict[str, Step]]
-_MAKERS: dict[str, Any] = {
+_MAKERS: dict[str, Maker] = {
     "shared_memory": own.exchange("shared_memory", expand=False),
     "shared_memory_expand": own.exchange("shared_memory", expand=True),
     "dispatcher": megatron_layer.layer("deepep"),

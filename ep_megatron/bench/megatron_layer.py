@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_megatron.bench.case import Case, Step
+from ep_megatron.bench.case import Case, Maker, Step
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def _model_parallel(num_ranks: int) -> None:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=num_ranks)
 
 
-def layer(kind: str) -> object:
+def layer(kind: str) -> Maker:
     """Return a maker of steps for Megatron's `alltoall` or `allgather`, or for `deepep`, ours."""
 
     def make(case: Case, rank: int) -> dict[str, Step]:

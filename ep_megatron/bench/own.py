@@ -1,10 +1,9 @@
 """Our own implementations under measurement."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_megatron.bench.case import Case, Step
+from ep_megatron.bench.case import Case, Maker, Step
 from ep_megatron.buffer import Buffer
 from ep_megatron.config import BufferConfig
 
@@ -19,7 +18,7 @@ def buffer_of(backend: str) -> Buffer:
     return _buffers[backend]
 
 
-def exchange(backend: str, expand: bool) -> object:
+def exchange(backend: str, expand: bool) -> Maker:
     """Return a maker of steps: dispatch with weights, then combine; backward the two again.
 
     The received rows are combined as they came: what experts would cost is left out for all
@@ -54,18 +53,3 @@ def exchange(backend: str, expand: bool) -> object:
         return {"forward": forward, "forward_backward": forward_backward}
 
     return make
-
-
-def check_sum(case: Case, rank: int, combined: Tensor, num_rows: Tensor) -> None:
-    """Raise unless combining what was dispatched multiplied every token by its rows.
-
-    A benchmark of wrong answers is worth nothing.
-
-    Args:
-        case: the sizes.
-        rank: this rank.
-        combined: `[T, H]`.
-        num_rows: `[T]`, rows that each token was sent as.
-    """
-    expected = case.x(rank).float() * num_rows[:, None]
-    torch.testing.assert_close(combined.float(), expected, rtol=2**-7, atol=1e-5)

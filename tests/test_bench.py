@@ -1,0 +1,122 @@
+"""The benchmark: every row that was asked for, from implementations that give right answers."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from ep_megatron.bench import own, peers
+from ep_megatron.bench.case import Case
+from ep_megatron.bench.table import print_table
+from tests.ranks import run_on_ranks
+
+CASE = Case(num_ranks=2, num_tokens=24, hidden=128, num_topk=3, num_experts=8)
+FIELDS = {
+    "implementation",
+    "direction",
+    "num_ranks",
+    "num_tokens",
+    "hidden",
+    "num_topk",
+    "num_experts",
+    "payload_bytes",
+    "num_samples",
+    "median_ms",
+    "min_ms",
+    "max_ms",
+}
+
+
+def check_sums(rank: int) -> None:
+    """Gloo's packed rows and our own give the same sums: a token times its destinations."""
+    num_rows = torch.zeros(CASE.num_tokens, 2, dtype=torch.bool)
+    num_rows.scatter_(1, CASE.topk_idx(rank) // 4, True)
+    for make, expand in (
+        (peers.gloo, False),
+        (own.exchange("shared_memory", False), False),
+        (own.exchange("shared_memory", True), True),
+    ):
+        result = make(CASE, rank)["forward"]()
+        combined = result if isinstance(result, torch.Tensor) else result[0]
+        counts = torch.full((CASE.num_tokens,), CASE.num_topk) if expand else num_rows.sum(1)
+        expected = CASE.x(rank).float() * counts[:, None]
+        torch.testing.assert_close(combined.float(), expected, rtol=2**-7, atol=1e-5)
+    dist.barrier()
+
+
+def check_payload(rank: int) -> None:
+    total = torch.tensor(0)
+    seen = CASE.topk_idx(rank) // 4
+    total += sum(len(set(row.tolist())) for row in seen)
+    dist.all_reduce(total)
+    assert CASE.payload_bytes() == int(total) * CASE.hidden * 2
+
+
+def test_implementations_give_the_same_sums() -> None:
+    run_on_ranks(2, check_sums)
+
+
+def test_payload_is_what_crosses_once_per_destination() -> None:
+    run_on_ranks(2, check_payload)
+
+
+def test_bench_writes_a_row_for_everything(tmp_path: Path) -> None:
+    names = "shared_memory,shared_memory_expand,process_group,gloo,limit"
+    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "2"]
+    command += ["--num-tokens", "16,32", "--hidden", "64", "--num-topk", "2", "--num-experts", "4"]
+    command += ["--samples", "3", "--implementation", names, "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(set(row) == FIELDS for row in rows)
+    found = {(r["implementation"], r["direction"], r["num_tokens"]) for r in rows}
+    assert found == {
+        (name, direction, num_tokens)
+        for name in names.split(",")
+        for direction in ("forward", "forward_backward")
+        for num_tokens in (16, 32)
+    }
+    assert all(0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows)
+    assert "shared_memory_expand" in done.stdout
+
+
+@pytest.mark.megatron
+def test_bench_runs_the_dispatchers(tmp_path: Path) -> None:
+    names = "dispatcher,megatron_alltoall,megatron_allgather"
+    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "2"]
+    command += ["--num-tokens", "16", "--hidden", "64", "--num-topk", "2", "--num-experts", "4"]
+    command += ["--samples", "2", "--implementation", names, "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["implementation"] for row in rows} == set(names.split(","))
+
+
+def test_unknown_names_are_refused() -> None:
+    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--implementation", "nccl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "expected one of shared_memory" in done.stderr.replace("\n", " ")
+
+
+def test_the_table_names_its_baseline() -> None:
+    console = Console(record=True, width=120, file=io.StringIO())
+    row = {**vars(CASE), "payload_bytes": 10**6, "direction": "forward"}
+    times = {"min_ms": 1.0, "max_ms": 3.0}
+    print_table(
+        [
+            {**row, **times, "implementation": "shared_memory", "median_ms": 2.0},
+            {**row, **times, "implementation": "gloo", "median_ms": 20.0},
+        ],
+        "shared_memory",
+        console,
+    )
+    text = console.export_text()
+    assert "x shared_memory" in text
+    assert "10.00" in text
