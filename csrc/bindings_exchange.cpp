@@ -16,7 +16,7 @@ namespace ep {
 namespace {
 
 constexpr double kSpinSeconds = 500e-6;
-constexpr int kNumYields = 16;
+constexpr int kNumYields = 32;
 
 void check_python_signals() {
     const py::gil_scoped_acquire gil;

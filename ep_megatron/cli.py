@@ -59,6 +59,9 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
     implementation: Annotated[str, typer.Option(help="Which, by comma; all without.")] = "",
     direction: Annotated[str, typer.Option(help="forward, forward_backward or both.")] = "",
     samples: Annotated[int, typer.Option(help="Samples of each; medians are reported.")] = 15,
+    steps: Annotated[
+        int, typer.Option(help="Steps in a row per sample; 1: caches as others left them.")
+    ] = 1,
     baseline: Annotated[str, typer.Option(help="Whose time the ratios are over.")] = (
         "shared_memory"
     ),
@@ -88,7 +91,7 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
         for width in _numbers("--hidden", hidden)
     ]
     try:
-        rows = run(cases, names, _choices("--direction", direction, DIRECTIONS), samples)
+        rows = run(cases, names, _choices("--direction", direction, DIRECTIONS), samples, steps)
     except RuntimeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

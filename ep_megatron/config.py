@@ -24,8 +24,8 @@ class BufferConfig:
             what is free on the file system, divided by the ranks on this host.
         max_view_bytes: most bytes that may live in tensors handed out as views of shared memory;
             beyond it received rows are copied to ordinary tensors. None takes half of `max_bytes`.
-        streaming_bytes: rows go out by non-temporal stores when a call moves at least this many
-            bytes per rank; None takes a quarter of the last-level cache.
+        streaming_bytes: rows go out by non-temporal stores when all ranks of the host together
+            write at least this many bytes in a call; None takes a quarter of the last-level cache.
         shm_dir: the memory file system for the segments.
         host_id: overrides the automatic answer to "which ranks share a host".
     """

@@ -268,9 +268,8 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
     const auto num_topk = static_cast<size_t>(routing.num_topk);
     const int num_copies =
         routing.expand ? routing.num_topk : std::min(routing.num_topk, routing.num_ranks);
-    const bool is_streaming =
-        static_cast<size_t>(routing.num_tokens) * bytes.x * static_cast<size_t>(num_copies) >=
-        options_.streaming_bytes;
+    const bool is_streaming = streams(static_cast<size_t>(routing.num_tokens) * bytes.x *
+                                      static_cast<size_t>(num_copies));
     const RowKernels& kernels = row_kernels();
     const auto copy = is_streaming ? kernels.copy_streaming : kernels.copy;
     const int experts_per_rank = routing.experts_per_rank();
@@ -377,7 +376,7 @@ Exchange::Staged Exchange::stage(const CombineArgs& args) {
         staged.rows_offset = arena_->offset_of(args.x);
     } else if (copied > 0) {
         staged.rows_offset = staged.block->offset();
-        const bool is_streaming = copied >= options_.streaming_bytes;
+        const bool is_streaming = streams(copied);
         const RowKernels& kernels = row_kernels();
         const auto copy = is_streaming ? kernels.copy_streaming : kernels.copy;
         workers_.run(args.num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
@@ -397,8 +396,7 @@ Exchange::Staged Exchange::stage(const CombineArgs& args) {
 void Exchange::pull(const CombineArgs& args) {
     const size_t row_bytes = args.hidden * item_size(args.dtype);
     const auto num_topk = static_cast<size_t>(args.num_topk);
-    const bool is_streaming =
-        static_cast<size_t>(args.num_tokens) * row_bytes >= options_.streaming_bytes;
+    const bool is_streaming = streams(static_cast<size_t>(args.num_tokens) * row_bytes);
     std::vector<const char*> rows, weights;
     for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
         const Post& post = meeting_->post_of(rank);

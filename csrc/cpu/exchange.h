@@ -17,7 +17,7 @@ namespace ep {
 struct ExchangeOptions {
     size_t max_bytes;        // of shared memory for rows
     size_t max_view_bytes;   // beyond it received rows are to be copied out
-    size_t streaming_bytes;  // calls that move as many bytes use non-temporal stores
+    size_t streaming_bytes;  // writes of as many bytes by all ranks use non-temporal stores
     int num_threads;
     WaitOptions wait;
 };
@@ -115,6 +115,11 @@ class Exchange {
  private:
     struct Target;
     struct Staged;
+    /// The ranks share the last-level cache, so what counts is what all of them write, about as
+    /// much as this one each.
+    bool streams(size_t num_bytes) const {
+        return num_bytes * segments_.size() >= options_.streaming_bytes;
+    }
     void begin(uint32_t operation, const std::vector<int64_t>& call);
     bool meet();
     Dispatched plan(const DispatchArgs& args, Totals& totals) const;

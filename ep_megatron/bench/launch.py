@@ -29,6 +29,7 @@ def run(
     implementations: Sequence[str],
     directions: Sequence[str],
     num_samples: int,
+    num_steps: int = 1,
 ) -> list[dict[str, Any]]:
     """Measure all cases; one set of processes per number of ranks.
 
@@ -50,6 +51,7 @@ def run(
                         "implementations": list(implementations),
                         "directions": list(directions),
                         "num_samples": num_samples,
+                        "num_steps": num_steps,
                         "output": str(output),
                         "port": _free_port(),
                     }
@@ -105,6 +107,7 @@ def _work(job: dict[str, Any]) -> None:
         job["implementations"],
         job["directions"],
         job["num_samples"],
+        job["num_steps"],
         Path(job["output"]),
     )
     dist.barrier()

@@ -1,9 +1,10 @@
-"""One process of the benchmark: every implementation in turn, one step at a time.
+"""One process of the benchmark: every implementation in turn, sample after sample.
 
-A sample is one step: the wall time from the first rank's start to the last rank's end. Memory is
-faulted in and lazily built things exist, but the caches hold what the implementation before has
-left there, as they hold what the experts' matrix products have left there in training. Samples of
-all implementations take turns, so that a ratio compares neighbours in time on a machine whose speed
+A sample is the wall time of one step (or of some in a row, per step) from the first rank's start to
+the last rank's end. Memory is faulted in and lazily built things exist. With one step per sample
+the caches hold what the implementation before has left there, as they hold what the experts' matrix
+products have left there in training; with several, what the same step has left. Samples of all
+implementations take turns, so that a ratio compares neighbours in time on a machine whose speed
 drifts.
 """
 
@@ -44,6 +45,7 @@ def measure(
     implementations: Sequence[str],
     directions: Sequence[str],
     num_samples: int,
+    num_steps: int,
     output: Path,
 ) -> None:
     """Measure and let rank 0 write a JSON list of results to `output`. Collective."""
@@ -51,7 +53,7 @@ def measure(
     rank = dist.get_rank()
     results = []
     for case in cases:
-        for result in _measure_case(case, rank, implementations, directions, num_samples):
+        for result in _measure_case(case, implementations, directions, num_samples, num_steps):
             results.append(result)
             if rank == 0:
                 output.write_text(json.dumps([r.as_dict() for r in results]))
@@ -59,25 +61,25 @@ def measure(
 
 def _measure_case(
     case: Case,
-    rank: int,
     implementations: Sequence[str],
     directions: Sequence[str],
     num_samples: int,
+    num_steps: int,
 ) -> Iterator[Result]:
     names = [n for n in implementations if n != LIMIT]
     if LIMIT in implementations:
         names += [n for n in _MAKERS if n.startswith(LIMIT)]
-    steps = {name: _MAKERS[name](case, rank) for name in names}
+    steps = {name: _MAKERS[name](case, dist.get_rank()) for name in names}
     payload_bytes = case.payload_bytes()
     barrier = _Barrier()
     for direction in directions:
         samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(_NUM_WARM_UPS):
             for name in names:
-                barrier.sample(steps[name][direction])
+                barrier.sample(steps[name][direction], 1)
         for _ in range(num_samples):
             for name in names:
-                samples[name].append(barrier.sample(steps[name][direction]))
+                samples[name].append(barrier.sample(steps[name][direction], num_steps))
         if LIMIT in implementations:
             kinds = [samples.pop(n) for n in names if n.startswith(LIMIT)]
             samples[LIMIT] = min(kinds, key=statistics.median)
@@ -113,14 +115,15 @@ class _Barrier:
             self._rows, topk_idx=routing, num_experts=self._buffer.group_size
         )[4]
 
-    def sample(self, step: Step) -> float:
-        """Return the seconds that one step takes on all ranks together."""
+    def sample(self, step: Step, num_steps: int) -> float:
+        """Return the seconds that a step takes on all ranks together."""
         dist.barrier()  # for who is far behind, asleep
         assert self._handle is not None
         self._buffer.combine(self._rows, self._handle)
         start = time.monotonic_ns()  # one clock for all processes of a host
-        step()
+        for _ in range(num_steps):
+            step()
         end = time.monotonic_ns()
         times = torch.tensor([-start, end])
         dist.all_reduce(times, dist.ReduceOp.MAX)
-        return float(times.sum()) / 1e9
+        return float(times.sum()) / 1e9 / num_steps
