@@ -97,20 +97,24 @@ void Exchange::attach(const std::vector<std::string>& names) {
 }
 
 void Exchange::begin(uint32_t operation, const std::vector<int64_t>& call) {
-    if (meeting_->is_finished()) lent_.clear();
+    meeting_->check_usable(operation);
+    if (lent_ != nullptr) {
+        // Taken back before anything new is allocated: what the arena needs must not depend on who
+        // is faster. The others are reading already, and would be waited for in this call anyway.
+        meeting_->wait_finished();
+        lent_ = nullptr;
+    }
     meeting_->begin(operation);
     Post& post = meeting_->own_post();
     std::fill(std::begin(post.call), std::end(post.call), 0);
     std::copy_n(call.begin(), std::min<size_t>(call.size(), kNumCallFields), post.call);
 }
 
-/// Post and wait for the others' posts; whether all agree. From here on what was lent to peers in
-/// the last call is this rank's again.
+/// Post and wait for the others' posts; whether all agree.
 bool Exchange::meet() {
     meeting_->own_post().committed = arena_->committed();
     meeting_->post();
     meeting_->wait_posted();
-    lent_.clear();
     return meeting_->is_agreed();
 }
 
@@ -285,6 +289,7 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
             const auto narrow = static_cast<int32_t>(local);
             if (bytes.idx == 8) std::memcpy(idx + 8 * slot, &local, 8);
             if (bytes.idx == 4) std::memcpy(idx + 4 * slot, &narrow, 4);
+            if (bytes.weights == 0) continue;
             if (is_local)
                 copy_small(weights + slot * bytes.weights, args.weights + at * bytes.weights,
                            bytes.weights);
@@ -357,7 +362,7 @@ bool Exchange::combine(const CombineArgs& args) {
     if (!meet()) return false;
     pull(args);
     meeting_->finish();
-    if (staged.block != nullptr) lent_.push_back(staged.block);
+    lent_ = staged.block;
     if (staged.is_borrowed) meeting_->wait_finished();
     return true;
 }
@@ -480,7 +485,7 @@ std::shared_ptr<Block> Exchange::allocate(size_t num_bytes) {
 
 void Exchange::close() {
     const std::lock_guard lock(mutex_);
-    lent_.clear();
+    lent_ = nullptr;
     own_->unlink();
     if (meeting_ != nullptr) meeting_->leave();
 }

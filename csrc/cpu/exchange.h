@@ -140,7 +140,7 @@ class Exchange {
     std::shared_ptr<Arena> arena_;
     std::vector<std::shared_ptr<Segment>> segments_;
     std::unique_ptr<Meeting> meeting_;
-    std::vector<std::shared_ptr<Block>> lent_;  // peers may read them until they post the next call
+    std::shared_ptr<Block> lent_;  // peers may read it until they have finished the last call
     Workers workers_;
     std::mutex mutex_;
 };

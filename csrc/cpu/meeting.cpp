@@ -56,13 +56,16 @@ Meeting::Meeting(int rank, std::vector<std::shared_ptr<Segment>> segments, WaitO
       options_(std::move(options)),
       process_(getpid()) {}
 
-void Meeting::begin(uint32_t operation) {
+void Meeting::check_usable(uint32_t operation) const {
     if (!broken_.empty())
         fail(kOperations[operation], ": expected a working Buffer, got one that broke down (",
              broken_, "); make a new Buffer");
     if (getpid() != process_)
         fail(kOperations[operation], ": expected the process that made the Buffer (", process_,
              "), got a fork of it (", getpid(), "); make a Buffer in this process");
+}
+
+void Meeting::begin(uint32_t operation) {
     operation_ = operation;
     ++epoch_;
     Control& own = control(rank_);
@@ -107,12 +110,6 @@ void Meeting::wait_for(Flag (Control::*flags)[kMaxRanks], const char* phase) {
             flag.has_sleeper.store(0, std::memory_order_relaxed);
         });
     }
-}
-
-bool Meeting::is_finished() const {
-    for (int peer = 0; peer < num_ranks(); ++peer)
-        if (peer != rank_ && !is_reached(control(rank_).finished[peer].epoch, epoch_)) return false;
-    return true;
 }
 
 template <class Sleep>

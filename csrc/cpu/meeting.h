@@ -25,7 +25,9 @@ class Meeting {
  public:
     Meeting(int rank, std::vector<std::shared_ptr<Segment>> segments, WaitOptions options);
 
-    /// Begin the next call. Throws if an earlier one broke down or this process is a fork.
+    /// Throws if an earlier call broke down or this process is a fork.
+    void check_usable(uint32_t operation) const;
+    /// Begin the next call.
     void begin(uint32_t operation);
     uint32_t epoch() const { return epoch_; }
 
@@ -43,8 +45,6 @@ class Meeting {
 
     void finish();
     void wait_finished();
-    /// Whether all ranks have finished this rank's last call, as far as is seen without waiting.
-    bool is_finished() const;
 
     int rank() const { return rank_; }
     int num_ranks() const { return static_cast<int>(segments_.size()); }
