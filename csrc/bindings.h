@@ -2,7 +2,15 @@
 // The parts that make up the Python module ep_megatron._cpu.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace ep {
+
+/// Addresses come from Python as integers.
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 void bind_exchange(pybind11::module_& m);
 

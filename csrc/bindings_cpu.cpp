@@ -14,10 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using ep::pointer;
 
 ep::DType dtype_of(const std::string& operation, const std::string& name) {
     if (name == "bfloat16") return ep::DType::kBFloat16;

@@ -23,11 +23,6 @@ void check_python_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 Routes routes_at(uintptr_t address, int64_t num_slots) {
     auto* first = pointer<int32_t>(address);
     return {first, first + num_slots, first + 2 * num_slots};
@@ -153,7 +148,6 @@ void bind_exchange(py::module_& m) {
         .def_property_readonly("committed", &Exchange::committed)
         .def_property_readonly("num_bytes_in_use", &Exchange::num_bytes_in_use);
     m.def("remove_stale_segments", &remove_stale_segments, "folder"_a, "prefix"_a, no_gil);
-    m.attr("MAX_RANKS") = kMaxRanks;
     m.attr("MAX_EXPERTS") = kMaxExperts;
 }
 

@@ -20,7 +20,6 @@ def reduce_rows(
 def copy_row(isa: str, out_ptr: int, row_ptr: int, num_bytes: int, streaming: bool) -> None:
     """Copy a row with one build of the kernels, for tests; see csrc/cpu/rows.h."""
 
-MAX_RANKS: int
 MAX_EXPERTS: int
 
 class Block:

@@ -39,19 +39,29 @@ def count_tokens(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Counts:
     is_used = topk_idx >= 0
     experts = topk_idx[is_used].to(torch.int64)
     num_tokens_per_expert = torch.bincount(experts, minlength=num_experts)
-    ranks = (topk_idx.to(torch.int64) // (num_experts // num_ranks)).masked_fill(
-        ~is_used, num_ranks
-    )
-    is_token_in_rank = torch.zeros(
-        len(topk_idx), num_ranks + 1, dtype=torch.bool, device=topk_idx.device
-    )
-    is_token_in_rank.scatter_(1, ranks, True)
-    is_token_in_rank = is_token_in_rank[:, :num_ranks].contiguous()
+    ranks = topk_idx.to(torch.int64) // (num_experts // num_ranks)
+    is_token_in_rank = occurs_in_row(ranks.masked_fill(~is_used, -1), num_ranks)
     return Counts(
         is_token_in_rank.sum(0, dtype=torch.int32),
         num_tokens_per_expert.to(torch.int32),
         is_token_in_rank,
     )
+
+
+def occurs_in_row(keys: Tensor, num_keys: int) -> Tensor:
+    """Mark which keys each row holds.
+
+    Args:
+        keys: `[T, K]` integers in `[-1, num_keys)`, -1 for none.
+        num_keys: number of different keys.
+
+    Returns:
+        `[T, num_keys]` bool.
+    """
+    # What is none falls into a column that is cut off again.
+    marks = torch.zeros(len(keys), num_keys + 1, dtype=torch.bool, device=keys.device)
+    marks.scatter_(1, keys.to(torch.int64) % (num_keys + 1), True)
+    return marks[:, :num_keys].contiguous()
 
 
 def round_up(count: Tensor, alignment: int) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,14 +67,20 @@ def test_payload_is_what_crosses_once_per_destination() -> None:
     run_on_ranks(2, check_payload)
 
 
+def bench(folder: Path, names: str, num_tokens: str, samples: int) -> tuple[Any, str]:
+    """Run the command; return its JSON rows and what it printed."""
+    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "2"]
+    command += ["--num-tokens", num_tokens, "--hidden", "64", "--num-topk", "2"]
+    command += ["--num-experts", "4", "--samples", str(samples), "--implementation", names]
+    command += ["--json", str(folder / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "rows.json").read_text()), done.stdout
+
+
 def test_bench_writes_a_row_for_everything(tmp_path: Path) -> None:
     names = "shared_memory,shared_memory_expand,process_group,gloo,limit"
-    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "2"]
-    command += ["--num-tokens", "16,32", "--hidden", "64", "--num-topk", "2", "--num-experts", "4"]
-    command += ["--samples", "3", "--implementation", names, "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows, printed = bench(tmp_path, names, "16,32", 3)
     assert all(set(row) == FIELDS for row in rows)
     found = {(r["implementation"], r["direction"], r["num_tokens"]) for r in rows}
     assert found == {
@@ -83,18 +90,13 @@ def test_bench_writes_a_row_for_everything(tmp_path: Path) -> None:
         for num_tokens in (16, 32)
     }
     assert all(0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows)
-    assert "shared_memory_expand" in done.stdout
+    assert "shared_memory_expand" in printed
 
 
 @pytest.mark.megatron
 def test_bench_runs_the_dispatchers(tmp_path: Path) -> None:
     names = "dispatcher,megatron_alltoall,megatron_allgather"
-    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "2"]
-    command += ["--num-tokens", "16", "--hidden", "64", "--num-topk", "2", "--num-experts", "4"]
-    command += ["--samples", "2", "--implementation", names, "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows, _ = bench(tmp_path, names, "16", 2)
     assert {row["implementation"] for row in rows} == set(names.split(","))
 
 

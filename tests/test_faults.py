@@ -281,10 +281,11 @@ def test_no_segment_is_left_behind(how: signal.Signals) -> None:
     assert not [p for pid in pids for p in SHM.glob(f"ep_megatron.*.{pid}.*")]
 
 
-def _leave_a_segment(pipe: Connection) -> None:
-    exchange = _cpu.Exchange(
-        folder=str(SHM),
-        name=f"ep_megatron.{os.geteuid()}.{os.getpid()}.left",
+def _lone_exchange(folder: Path, name: str) -> _cpu.Exchange:
+    """One rank of two, whose peer nobody has met yet."""
+    return _cpu.Exchange(
+        folder=str(folder),
+        name=name,
         rank=0,
         num_ranks=2,
         max_bytes=1 << 20,
@@ -294,6 +295,10 @@ def _leave_a_segment(pipe: Connection) -> None:
         timeout=1.0,
         has_core_per_rank=True,
     )
+
+
+def _leave_a_segment(pipe: Connection) -> None:
+    exchange = _lone_exchange(SHM, f"ep_megatron.{os.geteuid()}.{os.getpid()}.left")
     pipe.send(os.getpid())
     assert exchange.committed
     os.kill(os.getpid(), signal.SIGKILL)
@@ -320,18 +325,7 @@ def test_what_a_killed_start_left_is_removed_by_the_next() -> None:
 
 def test_a_foreign_segment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fake").write_bytes(b"x" * (1 << 20))
-    exchange = _cpu.Exchange(
-        folder=str(tmp_path),
-        name="own",
-        rank=0,
-        num_ranks=2,
-        max_bytes=1 << 20,
-        max_view_bytes=0,
-        streaming_bytes=0,
-        num_threads=1,
-        timeout=1.0,
-        has_core_per_rank=True,
-    )
+    exchange = _lone_exchange(tmp_path, "own")
     with pytest.raises(RuntimeError, match="is not a file of this user with mode 0600"):
         exchange.attach(["own", "fake"])
     (tmp_path / "fake").chmod(0o600)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ep_megatron import Buffer, EventHandle, EventOverlap
+from ep_megatron import Buffer, EventHandle, EventOverlap, _cpu
+from ep_megatron.arguments import MAX_EXPERTS
 from ep_megatron.layout import (
     count_tokens,
     deduplicated_routes,
@@ -57,6 +58,10 @@ def test_index_within_counts_equal_ones_before() -> None:
     keys = torch.tensor([2, 0, 2, -1, 2, 0, -1])
     assert index_within(keys, 3).tolist() == [0, 0, 1, -1, 2, 1, -1]
     assert index_within(keys[:0], 3).tolist() == []
+
+
+def test_python_admits_what_the_compiled_part_has_room_for() -> None:
+    assert MAX_EXPERTS == _cpu.MAX_EXPERTS
 
 
 def check_layout(rank: int) -> None:

@@ -29,7 +29,6 @@ class Meeting {
     void check_usable(uint32_t operation) const;
     /// Begin the next call.
     void begin(uint32_t operation);
-    uint32_t epoch() const { return epoch_; }
 
     /// This rank's post of the current call, to be filled in before post().
     Post& own_post() { return control(rank_).posts[epoch_ % 2]; }
@@ -46,7 +45,6 @@ class Meeting {
     void finish();
     void wait_finished();
 
-    int rank() const { return rank_; }
     int num_ranks() const { return static_cast<int>(segments_.size()); }
     /// Let the others know that this rank will not come again.
     void leave();

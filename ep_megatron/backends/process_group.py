@@ -22,6 +22,7 @@ from ep_megatron.layout import (
     expanded_routes,
     expert_starts,
     index_within,
+    occurs_in_row,
     round_up,
 )
 
@@ -160,14 +161,7 @@ class ProcessGroupBackend:
 
     def _send_order(self, handle: DispatchHandle) -> Tensor:
         """Tokens in the order they leave: by destination rank, then token."""
-        is_in_rank = torch.zeros(
-            handle.num_tokens,
-            handle.num_ranks + 1,
-            dtype=torch.bool,
-            device=handle.route_rank.device,
-        )
-        is_in_rank.scatter_(1, handle.route_rank.to(torch.int64) % (handle.num_ranks + 1), True)
-        return is_in_rank[:, : handle.num_ranks].T.nonzero()[:, 1]
+        return occurs_in_row(handle.route_rank, handle.num_ranks).T.nonzero()[:, 1]
 
     def _send(self, values: Tensor, handle: DispatchHandle) -> Tensor:
         """Send `values [T, ...]` to every destination rank of its token; return `[M, ...]`."""
@@ -266,11 +260,7 @@ def _is_summed(handle: DispatchHandle) -> Tensor:
     """Return `[T, K]`: which combined weights have an addend at all."""
     if not handle.expand:
         return (handle.route_rank[:, :1] >= 0).expand(-1, handle.num_topk)
-    is_used = torch.zeros(
-        handle.num_tokens, handle.num_topk + 1, dtype=torch.bool, device=handle.route_slot.device
-    )
-    is_used.scatter_(1, handle.route_slot.to(torch.int64) % (handle.num_topk + 1), True)
-    return is_used[:, : handle.num_topk]
+    return occurs_in_row(handle.route_slot, handle.num_topk)
 
 
 def _sum_of(biases: Sequence[Tensor], num_tokens: int, x: Tensor, dtype: torch.dtype) -> Tensor:

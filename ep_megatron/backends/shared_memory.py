@@ -190,8 +190,7 @@ class SharedMemoryBackend:
         block = self._exchange.allocate(num_bytes) if num_bytes >= _MIN_ARENA_BYTES else None
         if block is None:
             return like.new_empty(num_rows, like.shape[1])
-        count = num_rows * like.shape[1]
-        return torch.frombuffer(block, dtype=like.dtype, count=count).view(num_rows, -1)
+        return _view(block, 0, like, num_rows, like.shape[1])
 
     def _dispatch(
         self,
@@ -226,12 +225,7 @@ class SharedMemoryBackend:
         num_rows = result.num_rows_per_rank[self.rank]
 
         def view(offset: int, like: Tensor, *shape: int) -> Tensor:
-            """Look at a part of the block; the tensor keeps the block alive."""
-            count = math.prod(shape)
-            if count == 0:
-                return like.new_empty(shape)
-            part = torch.frombuffer(result.block, dtype=like.dtype, count=count, offset=offset)
-            part = part.view(shape)
+            part = _view(result.block, offset, like, *shape)
             return part.clone() if result.must_copy else part
 
         columns = () if expand else (num_topk,)
@@ -257,6 +251,14 @@ class SharedMemoryBackend:
             )
         check_agreement(operation, [PeerReport(r.call, r.error) for r in reports])
         raise AssertionError(f"{operation}: the ranks disagree in nothing that is named")
+
+
+def _view(block: _cpu.Block, offset: int, like: Tensor, *shape: int) -> Tensor:
+    """Look at a part of a block as a tensor, which keeps the block alive."""
+    count = math.prod(shape)
+    if count == 0:
+        return like.new_empty(shape)
+    return torch.frombuffer(block, dtype=like.dtype, count=count, offset=offset).view(shape)
 
 
 def _address(tensor: Tensor | None) -> int:
