@@ -52,8 +52,6 @@ class Buffer:
         NotImplementedError: for `low_latency_mode`.
     """
 
-    num_sms: int = 20
-
     def __init__(
         self,
         group: dist.ProcessGroup,

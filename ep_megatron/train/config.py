@@ -25,20 +25,10 @@ from ep_megatron.train.run_arguments import (
     RunArguments,
     TrainingArguments,
 )
-from ep_megatron.train.section import to_key
+from ep_megatron.train.section import Section, to_key
 
 # Megatron's own spelling of a key -> ours.
 _SYNONYMS = {"moe-token-dispatcher-type": "moe-token-dispatcher"}
-SECTIONS = (
-    ModelArguments,
-    MLAArguments,
-    MoEArguments,
-    RecomputeArguments,
-    ParallelArguments,
-    TrainingArguments,
-    DataArguments,
-    RunArguments,
-)
 
 
 class Config(
@@ -118,6 +108,10 @@ class Config(
         if self.num_processes is not None:
             self.check_world_size(self.num_processes)
         return self
+
+
+# The sections a config is made of, in the order in which they are listed to users.
+SECTIONS: tuple[type[Section], ...] = Config.__bases__
 
 
 def _check_schedule(config: Config) -> None:
