@@ -8,9 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "streams"},
-    {"layout", "fp8", "backends.base"},
-    {"arguments", "backends.meeting"},
+    {"config", "handle", "_cpu", "streams", "pipeline", "pipeline.action", "pipeline.trace"},
+    {"layout", "fp8", "backends.base", "pipeline.check", "pipeline.generators"},
+    {"arguments", "backends.meeting", "pipeline.schedule"},
     {"backends.process_group", "backends.shared_memory"},
     {"backends"},
     {"buffer"},

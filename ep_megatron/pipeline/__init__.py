@@ -1,0 +1,1 @@
+"""Pipeline schedules as data, their simulation and pictures, and the runtime that executes them."""
