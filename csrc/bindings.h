@@ -13,5 +13,6 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_exchange(pybind11::module_& m);
+void bind_plan(pybind11::module_& m);
 
 }  // namespace ep

@@ -94,4 +94,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("copy_row", &copy_row, py::arg("isa"), py::arg("out_ptr"), py::arg("row_ptr"),
           py::arg("num_bytes"), py::arg("streaming"));
     ep::bind_exchange(m);
+    ep::bind_plan(m);
 }

@@ -55,7 +55,7 @@ Dispatched dispatch(Exchange& exchange,
                     size_t idx_item_bytes,
                     const std::tuple<int64_t, int, int, bool, int64_t>& routing,
                     const std::tuple<uintptr_t, uintptr_t, uintptr_t>& rows,
-                    const std::tuple<size_t, size_t, size_t>& row_bytes,
+                    const std::tuple<size_t, size_t, size_t, size_t>& row_bytes,
                     uintptr_t routes,
                     const std::optional<std::vector<int64_t>>& num_rows_per_rank,
                     const std::optional<std::vector<int64_t>>& valid_per_expert) {
@@ -70,9 +70,8 @@ Dispatched dispatch(Exchange& exchange,
     if (num_rows_per_rank) args.num_rows_per_rank = *num_rows_per_rank;
     if (valid_per_expert) args.valid_per_expert = *valid_per_expert;
     args.routes = routes_at(routes, args.routing.num_tokens * args.routing.num_topk);
-    std::tie(args.row_bytes.x, args.row_bytes.scales, args.row_bytes.weights) = row_bytes;
-    // Expert ids travel once, by rank; expert-major rows say by their place whose they are.
-    args.row_bytes.idx = args.operation == kDispatch && !args.routing.expand ? idx_item_bytes : 0;
+    std::tie(args.row_bytes.x, args.row_bytes.scales, args.row_bytes.weights, args.row_bytes.idx) =
+        row_bytes;
     args.x = pointer<const char>(std::get<0>(rows));
     args.scales = pointer<const char>(std::get<1>(rows));
     args.weights = pointer<const char>(std::get<2>(rows));
@@ -145,6 +144,7 @@ void bind_exchange(py::module_& m) {
         .def("reports", &Exchange::reports)
         .def("allocate", &Exchange::allocate, "num_bytes"_a, no_gil)
         .def("close", &Exchange::close, no_gil)
+        .def_property_readonly("is_broken", &Exchange::is_broken)
         .def_property_readonly("committed", &Exchange::committed)
         .def_property_readonly("num_bytes_in_use", &Exchange::num_bytes_in_use);
     m.def("remove_stale_segments", &remove_stale_segments, "folder"_a, "prefix"_a, no_gil);

@@ -75,13 +75,16 @@ class Exchange:
         idx_item_bytes: int,
         routing: tuple[int, int, int, bool, int],
         rows: tuple[int, int, int],
-        row_bytes: tuple[int, int, int],
+        row_bytes: tuple[int, int, int, int],
         routes: int,
         num_rows_per_rank: Sequence[int] | None,
         valid_per_expert: Sequence[int] | None,
         /,
     ) -> Dispatched:
-        """Dispatch rows (x, scales, weights), routed by (T, K, E, expand, alignment)."""
+        """Dispatch rows (x, scales, weights), routed by (T, K, E, expand, alignment).
+
+        `row_bytes` has a fourth number: bytes of one expert id, 0 where ids do not travel.
+        """
 
     def combine(
         self,
@@ -102,9 +105,46 @@ class Exchange:
     def allocate(self, num_bytes: int) -> Block | None: ...
     def close(self) -> None: ...
     @property
+    def is_broken(self) -> bool: ...
+    @property
     def committed(self) -> int: ...
     @property
     def num_bytes_in_use(self) -> int: ...
 
 def remove_stale_segments(folder: str, prefix: str) -> int:
     """Remove segments whose owner died before it could; return how many."""
+
+def count_tokens(
+    topk_idx: int,
+    idx_item_bytes: int,
+    sizes: tuple[int, int, int, int, bool, int],
+    per_rank: int,
+    per_expert: int,
+) -> int:
+    """Add one rank's counts to zeroed `[R]` and `[E]` int32; see csrc/cpu/plan.h.
+
+    `sizes` are (T, K, E, R, expand, alignment). Returns -1, or the first number out of range.
+    """
+
+def make_routes(
+    topk_idx: int,
+    idx_item_bytes: int,
+    sizes: tuple[int, int, int, int, bool, int],
+    counts: tuple[int, int, int],
+    source: int,
+    routes: tuple[int, int, int],
+) -> None:
+    """Address one source's rows; `counts` are all sources' `[S, R]`, `[S, E]` int32, and S."""
+
+def sum_parts(
+    sizes: tuple[int, int, int],
+    parts: Sequence[int],
+    rows: int,
+    biases: tuple[int, int],
+    out: int,
+) -> None:
+    """Sum each token's rows, one of each part at most, in the order of the parts.
+
+    `sizes` are (index of the dtype, H, T); `rows` is `[T, parts]` int32, -1 where there is none.
+    Sums and rounds as `RowKernels.reduce` does.
+    """

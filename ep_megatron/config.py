@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-BACKENDS = ("auto", "shared_memory", "process_group")
+BACKENDS = ("auto", "shared_memory", "hierarchical", "process_group")
 MIB = 1 << 20
 
 
@@ -12,9 +12,11 @@ class BufferConfig:
     """Resources and limits of one Buffer; every rank of a group passes the same values.
 
     Attributes:
-        backend: how rows travel: `"shared_memory"` (CPU ranks of one host), `"process_group"`
-            (`torch.distributed`, any device, any number of hosts) or `"auto"`, which takes shared
-            memory when all ranks are CPU ranks of one host and logs what it took.
+        backend: how rows travel: `"shared_memory"` (CPU ranks of one host), `"hierarchical"` (CPU
+            ranks of several hosts), `"process_group"` (`torch.distributed`, any device, any number
+            of hosts) or `"auto"`, which takes shared memory when all ranks are CPU ranks of one
+            host, hierarchical when they are CPU ranks of several hosts and some host has more than
+            one, and logs what it took.
         timeout: seconds a rank waits for the others inside one call before it raises.
         num_threads: threads that move rows on a CPU; None takes the cores this process may use,
             divided by the ranks on this host, at most four.
@@ -27,7 +29,11 @@ class BufferConfig:
         streaming_bytes: rows go out by non-temporal stores when all ranks of the host together
             write at least this many bytes in a call; None takes a quarter of the last-level cache.
         shm_dir: the memory file system for the segments.
-        host_id: overrides the automatic answer to "which ranks share a host".
+        host_id: overrides the automatic answer to "which ranks share a host", as the environment
+            variable `EP_MEGATRON_HOST_ID` does where this is None; equal texts share memory. The
+            one value that may differ between ranks.
+        float32_between_hosts: whether `hierarchical` returns a host's sums in float32, twice the
+            bytes, instead of rounded to the dtype of the rows.
     """
 
     backend: str = "auto"
@@ -39,6 +45,7 @@ class BufferConfig:
     streaming_bytes: int | None = None
     shm_dir: str = "/dev/shm"
     host_id: str | None = None
+    float32_between_hosts: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

@@ -6,6 +6,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class HostHop:
+    """How the rows of one routing change hosts, seen from this rank.
+
+    Attributes:
+        inner: the way inside this host, between its ranks numbered from 0: the rows of this rank's
+            own tokens, then those it forwards for ranks of other hosts, by source rank, then token.
+        tokens_per_host: for each host, the ascending numbers `[n]` int64 of this rank's tokens that
+            have an expert there.
+        row_in_host: `[T, hosts]` int32: which row of a host's sums is the token's, or -1; on this
+            host the token's own number.
+        is_slot_in_host: `[T, K, hosts]` bool: which slots name an expert of the host.
+        num_forwarded: (source rank, rows) of each rank that this one forwards for, ascending.
+    """
+
+    inner: "DispatchHandle"
+    tokens_per_host: tuple[Tensor, ...]
+    row_in_host: Tensor
+    is_slot_in_host: Tensor
+    num_forwarded: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DispatchHandle:
     """The exact address of every row of one routing, seen from this rank.
 
@@ -33,6 +55,7 @@ class DispatchHandle:
         topk_idx: `[T, K]`, a copy, only without `expand`: which slots' weights go where.
         recv_row: `[M, K]` int64, only from a backend where rows travel once per rank: the
             expert-major row of each received (token, slot), or -1.
+        hop: only from a backend where rows travel once per host.
     """
 
     plan_id: int
@@ -51,6 +74,7 @@ class DispatchHandle:
     num_valid_tokens_per_expert: tuple[int, ...]
     topk_idx: Tensor | None = None
     recv_row: Tensor | None = None
+    hop: HostHop | None = None
 
     @property
     def route_rank(self) -> Tensor:

@@ -11,7 +11,7 @@ from ep_megatron import Buffer, BufferConfig, DispatchHandle
 from tests.ranks import run_on_ranks
 from tests.routing import CASES, Case, expected_rows
 
-BACKENDS = ("process_group", "shared_memory")
+BACKENDS = ("process_group", "shared_memory", "hierarchical")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HANDLE_TENSORS = ("route_rank", "route_row", "route_slot")
 HANDLE_NUMBERS = (
@@ -28,7 +28,11 @@ HANDLE_NUMBERS = (
 def buffer_of(backend: str, streaming_bytes: int | None = None) -> Buffer:
     """One Buffer per rank process and backend, as in training: tests share it, in order."""
     assert dist.group.WORLD is not None
-    config = BufferConfig(backend=backend, timeout=30, streaming_bytes=streaming_bytes)
+    # On hosts that are so by name: even and odd ranks.
+    host_id = f"host {dist.get_rank() % 2}"
+    config = BufferConfig(
+        backend=backend, timeout=30, streaming_bytes=streaming_bytes, host_id=host_id
+    )
     return Buffer(dist.group.WORLD, config=config)
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from ep_megatron import fused_combine, fused_dispatch
+from ep_megatron import Buffer, fused_combine, fused_dispatch
 from ep_megatron.experts import GroupedExperts, moe_forward, moe_reference
 from tests.ranks import run_on_ranks
 from tests.routing import Case
@@ -53,10 +53,14 @@ def leaves(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_gradients(rank: int, backend: str, case: Case) -> None:
+    check_gradients_of(rank, buffer_of(backend), case)
+
+
+def check_gradients_of(rank: int, buffer: Buffer, case: Case) -> None:
     """x, weights, router and expert weights get the gradients of a dense layer."""
     experts = local_experts(case, rank)
     x, router, weights = leaves(case, rank)
-    out = moe_forward(x, case.topk_idx(rank), weights, experts, buffer_of(backend))
+    out = moe_forward(x, case.topk_idx(rank), weights, experts, buffer)
     target = case.x(rank, torch.float64).cos()
     (out * target).sum().backward()
 

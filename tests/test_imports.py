@@ -8,10 +8,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "streams", "pipeline", "pipeline.action", "pipeline.trace"},
+    {"config", "handle", "_cpu", "streams", "hosts"}
+    | {"pipeline", "pipeline.action", "pipeline.trace"},
     {"layout", "fp8", "backends.base", "pipeline.check", "pipeline.generators"},
     {"arguments", "backends.meeting", "pipeline.schedule"},
-    {"backends.process_group", "backends.shared_memory"},
+    {"backends.process_group", "backends.shared_memory", "backends.host_plan", "backends.wire"},
+    {"backends.hierarchical"},
     {"backends"},
     {"buffer"},
     {"autograd"},

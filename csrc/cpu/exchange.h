@@ -109,6 +109,8 @@ class Exchange {
 
     void close();
     int num_ranks() const { return static_cast<int>(segments_.size()); }
+    /// Whether a call broke down: no other will go on.
+    bool is_broken() const { return meeting_ != nullptr && meeting_->is_broken(); }
     size_t committed() const { return arena_->committed(); }
     size_t num_bytes_in_use() const { return arena_->num_bytes_in_use(); }
 

@@ -27,6 +27,7 @@ class Meeting {
 
     /// Throws if an earlier call broke down or this process is a fork.
     void check_usable(uint32_t operation) const;
+    bool is_broken() const { return !broken_.empty(); }
     /// Begin the next call.
     void begin(uint32_t operation);
 

@@ -1,18 +1,23 @@
 """How rows travel: one module per transport, one protocol; the choice between them."""
 
 import logging
+import os
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from ep_megatron.backends.base import Backend
-from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.meeting import Meeting, has_gloo
 from ep_megatron.backends.process_group import ProcessGroupBackend
 from ep_megatron.config import BufferConfig
 
 logger = logging.getLogger(__name__)
+
+HOST_ID_VARIABLE = "EP_MEGATRON_HOST_ID"
+MAX_HOST_ID_BYTES = 1024
 
 
 def resolve(
@@ -33,17 +38,22 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
     Collective. What was taken, and why, is logged once by rank 0.
     """
     backend, reason = config.backend, "as asked"
+    meeting = Meeting(group, config.timeout)
+    hosts: Sequence[str] = ()
+    if backend in ("auto", "hierarchical"):
+        hosts = meeting.gather_text("Buffer", host_id(config), MAX_HOST_ID_BYTES)
     if backend == "auto":
-        backend, reason = "process_group", "the ranks are on several hosts"
-        meeting = Meeting(group, config.timeout)
-        if len(set(meeting.gather_text("Buffer", host_id(config)))) == 1:
-            backend, reason = "shared_memory", "all ranks are on one host"
+        backend, reason = _best(group, hosts)
     made: Backend
+    # Only here: a machine without the compiled extension still has the process group.
     if backend == "shared_memory":
-        # Only here: a machine without the compiled extension still has the other backend.
         from ep_megatron.backends.shared_memory import SharedMemoryBackend
 
-        made = SharedMemoryBackend(group, config)
+        made = SharedMemoryBackend(meeting, config)
+    elif backend == "hierarchical":
+        from ep_megatron.backends.hierarchical import HierarchicalBackend
+
+        made = HierarchicalBackend(meeting, config, hosts)
     else:
         made = ProcessGroupBackend(group, config.timeout)
     if made.rank == 0:
@@ -51,10 +61,23 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
     return made
 
 
+def _best(group: dist.ProcessGroup, hosts: Sequence[str]) -> tuple[str, str]:
+    """Return what serves ranks on these hosts, and why."""
+    num_hosts = len(set(hosts))
+    if num_hosts == 1:
+        return "shared_memory", "all ranks are on one host"
+    if num_hosts == len(hosts):
+        return "process_group", "every rank is on a host of its own"
+    if not has_gloo(group):
+        return "process_group", f"the ranks are on {num_hosts} hosts and not CPU ranks"
+    return "hierarchical", f"the ranks are on {num_hosts} hosts"
+
+
 def host_id(config: BufferConfig) -> str:
     """Return a text that is equal on two ranks exactly when they can share memory."""
-    if config.host_id is not None:
-        return config.host_id
+    given = config.host_id or os.environ.get(HOST_ID_VARIABLE)
+    if given:
+        return given
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     boot = boot_id.read_text().strip() if boot_id.exists() else ""
     # Containers of one machine share the kernel but not always the memory file system.

@@ -6,6 +6,7 @@ What every backend needs before rows move: to set itself up, and to find out tha
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,16 @@ from ep_megatron.backends.base import (
 )
 
 MAX_ERROR_BYTES = 512
+
+
+class Gathering(Protocol):
+    """What a backend needs of a meeting to set itself up."""
+
+    rank: int
+    num_ranks: int
+
+    def gather_text(self, operation: str, text: str, num_bytes: int = 256) -> Sequence[str]:
+        """Return every rank's `text`. Collective."""
 
 
 class Meeting:
@@ -36,7 +47,7 @@ class Meeting:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.timeout = timeout
         self._ranks = dist.get_process_group_ranks(group)
-        if _has_gloo(group):
+        if has_gloo(group):
             self._group = group
         else:
             self._group = dist.new_group(
@@ -117,7 +128,26 @@ class Meeting:
         return [bytes(a.tolist()).rstrip(b"\0").decode() for a in answers]
 
 
-def _has_gloo(group: dist.ProcessGroup) -> bool:
+class PartOfMeeting:
+    """Some ranks of a meeting, numbered from 0; all ranks of the whole still take part at once.
+
+    Args:
+        whole: the meeting.
+        members: ascending ranks of it, this rank among them.
+    """
+
+    def __init__(self, whole: Gathering, members: Sequence[int]) -> None:
+        self.rank, self.num_ranks = list(members).index(whole.rank), len(members)
+        self._whole, self._members = whole, members
+
+    def gather_text(self, operation: str, text: str, num_bytes: int = 256) -> Sequence[str]:
+        """Return the `text` of every member. Collective over the whole."""
+        texts = self._whole.gather_text(operation, text, num_bytes)
+        return [texts[member] for member in self._members]
+
+
+def has_gloo(group: dist.ProcessGroup) -> bool:
+    """Return whether the group moves CPU tensors by gloo."""
     try:
         return bool(group._get_backend(torch.device("cpu")).name() == "gloo")
     except RuntimeError:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron import _cpu
+from ep_megatron.arguments import SUM_DTYPES
 from ep_megatron.backends.base import (
     OPERATIONS,
     Call,
@@ -24,11 +24,10 @@ from ep_megatron.backends.base import (
     Rows,
     check_agreement,
 )
-from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.meeting import Gathering
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import DispatchHandle
 
-_SUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
 _MIN_ARENA_BYTES = MIB
 _MAX_THREADS = 4  # by default; memory bandwidth is shared by all ranks
@@ -38,7 +37,7 @@ class SharedMemoryBackend:
     """See `Backend`. Collective constructor.
 
     Args:
-        group: CPU ranks of one host.
+        meeting: of the CPU ranks of one host; used by the constructor alone.
         config: limits; see `BufferConfig`.
 
     Raises:
@@ -48,8 +47,7 @@ class SharedMemoryBackend:
 
     name = "shared_memory"
 
-    def __init__(self, group: dist.ProcessGroup, config: BufferConfig) -> None:
-        meeting = Meeting(group, config.timeout)
+    def __init__(self, meeting: Gathering, config: BufferConfig) -> None:
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         self._num_calls = 0
         prefix = f"ep_megatron.{os.geteuid()}."
@@ -122,8 +120,8 @@ class SharedMemoryBackend:
         )
         return received, handle
 
-    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
-        """See `Backend.dispatch_again`."""
+    def dispatch_again(self, rows: Rows, handle: DispatchHandle, *, with_idx: bool = False) -> Rows:
+        """See `Backend.dispatch_again`; `with_idx`: expert ids arrive, as by a first dispatch."""
         call = Call.of("cached dispatch", rows, handle)
         return self._dispatch(
             "cached dispatch",
@@ -133,6 +131,7 @@ class SharedMemoryBackend:
             handle.topk_idx,
             handle.routes,
             handle,
+            with_idx=with_idx,
         )[1]
 
     def combine(
@@ -140,7 +139,7 @@ class SharedMemoryBackend:
     ) -> tuple[Tensor, Tensor | None]:
         """See `Backend.combine`."""
         x, weights = rows.x, rows.topk_weights
-        out = self._new_rows(handle.num_tokens, x)
+        out = self.new_rows(handle.num_tokens, x)
         out_weights = None
         if weights is not None:
             out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
@@ -148,7 +147,7 @@ class SharedMemoryBackend:
         is_agreed = self._exchange.combine(
             Call.of("combine", rows, handle),
             (handle.num_tokens, handle.num_topk, handle.expand, x.shape[0]),
-            _SUM_DTYPES.index(x.dtype),
+            SUM_DTYPES.index(x.dtype),
             x.shape[1],
             0 if weights is None else weights.element_size(),
             (
@@ -175,6 +174,11 @@ class SharedMemoryBackend:
         self._exchange.close()
 
     @property
+    def is_broken(self) -> bool:
+        """Whether a call broke down: no other will go on."""
+        return self._exchange.is_broken
+
+    @property
     def num_bytes_committed(self) -> int:
         """Bytes of shared memory this rank has allocated."""
         return self._exchange.committed
@@ -184,7 +188,7 @@ class SharedMemoryBackend:
         """Bytes of it that tensors view, or that peers may still read."""
         return self._exchange.num_bytes_in_use
 
-    def _new_rows(self, num_rows: int, like: Tensor) -> Tensor:
+    def new_rows(self, num_rows: int, like: Tensor) -> Tensor:
         """Return uninitialised `[num_rows, H]`, in the arena where that is worth it."""
         num_bytes = num_rows * like.shape[1] * like.element_size()
         block = self._exchange.allocate(num_bytes) if num_bytes >= _MIN_ARENA_BYTES else None
@@ -201,9 +205,13 @@ class SharedMemoryBackend:
         topk_idx: Tensor | None,
         routes: Tensor,
         handle: DispatchHandle | None = None,
+        *,
+        with_idx: bool = True,
     ) -> tuple[_cpu.Dispatched, Rows]:
         x, scales, weights = rows.x, rows.scales, rows.topk_weights
         expand, num_topk = bool(call.expand), call.num_topk
+        # Expert ids travel by rank; expert-major rows say by their place whose they are.
+        with_idx = with_idx and not expand and topk_idx is not None
         self._num_calls += 1
         result = self._exchange.dispatch(
             call,
@@ -215,6 +223,7 @@ class SharedMemoryBackend:
                 x.shape[1] * x.element_size(),
                 0 if scales is None else scales.shape[1] * scales.element_size(),
                 0 if weights is None else weights.element_size(),
+                topk_idx.element_size() if with_idx and topk_idx is not None else 0,
             ),
             routes.data_ptr(),
             None if handle is None else handle.num_rows_per_rank,
@@ -234,7 +243,7 @@ class SharedMemoryBackend:
             None if scales is None else view(result.scales_at, scales, num_rows, scales.shape[1]),
             None if weights is None else view(result.weights_at, weights, num_rows, *columns),
             view(result.idx_at, topk_idx, num_rows, num_topk)
-            if topk_idx is not None and handle is None and not expand
+            if topk_idx is not None and with_idx
             else None,
         )
         return result, received
@@ -265,7 +274,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _together(meeting: Meeting, action: Callable[[], None]) -> None:
+def _together(meeting: Gathering, action: Callable[[], None]) -> None:
     """Run `action` on all ranks; raise on all if it fails on one."""
     error, reason = None, ""
     try:

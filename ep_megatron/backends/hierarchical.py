@@ -1,0 +1,352 @@
+"""Dispatch and combine between CPU ranks of several hosts: one copy of a token per host.
+
+A token crosses the network once for each host that has one of its experts, to the rank of the same
+index there, its gateway. The gateway puts it at its final addresses by a shared-memory dispatch
+(`host_plan` says how it knows them), so rows arrive as over any other backend, bit for bit. Combine
+goes the same way back: each host sums a token's rows in shared memory, the gateway returns one row,
+and the token's rank adds the hosts' sums.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ep_megatron import _cpu
+from ep_megatron.arguments import SUM_DTYPES, check_topk_range
+from ep_megatron.backends.base import Call, Routing, Rows
+from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan
+from ep_megatron.backends.meeting import Gathering, PartOfMeeting
+from ep_megatron.backends.shared_memory import SharedMemoryBackend
+from ep_megatron.backends.wire import Message, Status, Transfer, Wire
+from ep_megatron.config import BufferConfig
+from ep_megatron.handle import DispatchHandle, HostHop
+from ep_megatron.hosts import Hosts
+
+# Marks ranks that are numbered in the whole group, in a text that else numbers them in the host.
+_GROUP_RANK = "rank\N{NO-BREAK SPACE}"
+
+
+class HierarchicalBackend:
+    """See `Backend`. Collective constructor.
+
+    Args:
+        meeting: of the CPU ranks; used by the constructor alone.
+        config: limits; see `BufferConfig`.
+        host_ids: one per rank, equal where ranks share memory.
+
+    Raises:
+        RuntimeError: on every rank, if one cannot make its segment.
+    """
+
+    name = "hierarchical"
+
+    def __init__(self, meeting: Gathering, config: BufferConfig, host_ids: Sequence[str]) -> None:
+        self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
+        self.hosts = Hosts.from_ids(host_ids)
+        self._host = self.hosts.host_of[self.rank]
+        self._is_wire_exact = config.float32_between_hosts
+        self._num_calls, self._broken, self._process = 0, "", os.getpid()
+        self._inside = SharedMemoryBackend(
+            PartOfMeeting(meeting, self.hosts.members[self._host]), config
+        )
+        self._wire = Wire(meeting, config.timeout)
+
+    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
+        """See `Backend.dispatch`."""
+        operation = "dispatch"
+        try:
+            check_topk_range(operation, routing.topk_idx, routing.num_experts)
+        except ValueError as error:
+            self.fail(operation, str(error).removeprefix("dispatch: "))
+            raise
+        plan = HostPlan(self.hosts, self.rank, routing)
+        everyone = self._agree(operation, Call.of(operation, rows, routing), plan.counts())
+        assert everyone is not None
+        handle = plan.handle(self._num_calls, everyone)
+        num_forwarded = plan.num_forwarded(everyone)
+        inner_rows, forwarded_idx = self._cross(
+            operation, rows, plan.tokens_per_host, num_forwarded, plan
+        )
+        forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
+        hop = plan.hop(handle, everyone, forwarded_idx)
+        received = self._spread(operation, inner_rows, hop, with_idx=True)
+        return received, replace(handle, hop=hop)
+
+    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
+        """See `Backend.dispatch_again`."""
+        operation = "cached dispatch"
+        hop = self._hop_of(operation, handle)
+        self._agree(operation, Call.of(operation, rows, handle))
+        inner_rows, _ = self._cross(operation, rows, hop.tokens_per_host, hop.num_forwarded)
+        return self._spread(operation, inner_rows, hop, with_idx=False)
+
+    def combine(
+        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.combine`; a host's ranks are summed first, then host after host.
+
+        A host's sum is rounded to the dtype of the rows, or with `float32_between_hosts` not at
+        all, on every host alike: the result does not depend on where a token comes from.
+        """
+        hop, dtype = self._hop_of("combine", handle), rows.x.dtype
+        self._agree("combine", Call.of("combine", rows, handle))
+        if self._is_wire_exact and dtype in (torch.bfloat16, torch.float16):
+            rows = replace(rows, x=rows.x.float())
+            biases = [bias.float() for bias in biases]
+        sums, weights = self._return(rows, hop, handle)
+        out = self._inside.new_rows(handle.num_tokens, rows.x)
+        _cpu.sum_parts(
+            (SUM_DTYPES.index(rows.x.dtype), rows.x.shape[1], handle.num_tokens),
+            [part.data_ptr() for part in sums],
+            hop.row_in_host.data_ptr(),
+            (
+                biases[0].data_ptr() if len(biases) > 0 else 0,
+                biases[1].data_ptr() if len(biases) > 1 else 0,
+            ),
+            out.data_ptr(),
+        )
+        combined_weights = None if weights is None else _sum_weights(weights, hop, handle)
+        return out.to(dtype), combined_weights
+
+    def fail(self, operation: str, error: str) -> None:
+        """See `Backend.fail`."""
+        try:
+            self._agree(operation, None, error=error)
+        except ValueError:
+            return  # the others' copy of the error this rank is about to raise
+        raise AssertionError("a reported error was not returned")
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._broken = self._broken or "it was closed"
+        self._inside.close()
+        self._wire.close()
+
+    # -- between hosts ----------------------------------------------------------------------------
+
+    def _cross(
+        self,
+        operation: str,
+        rows: Rows,
+        tokens_per_host: Sequence[Tensor],
+        num_forwarded: Sequence[tuple[int, int]],
+        plan: HostPlan | None = None,
+    ) -> tuple[Rows, list[Tensor]]:
+        """Send rows to their gateways; return own and forwarded rows, in one.
+
+        With `plan` the tokens' expert ids travel too: `[n, K]` of each rank forwarded for.
+        """
+        x, num_own = rows.x, len(rows.x)
+        num_rows = num_own + sum(n for _, n in num_forwarded)
+        inner_x = x.new_empty(num_rows, x.shape[1])
+        # What is small lies side by side: one message.
+        num_topk = plan.routing.topk_idx.shape[1] if plan else 0
+        parts = [torch.empty(0, num_topk, dtype=WIRE_IDX_DTYPE)] if plan else []
+        parts += [p for p in (rows.topk_weights, rows.scales) if p is not None]
+        widths = [part.shape[1] * part.element_size() for part in parts]
+        beside = torch.empty(num_rows - num_own, sum(widths), dtype=torch.uint8)
+        receives, first = [], 0
+        for source, count in num_forwarded:
+            if count == 0:
+                continue
+            place = slice(num_own + first, num_own + first + count)
+            receives.append(Transfer(source, Message.ROWS, inner_x[place]))
+            if widths:
+                receives.append(Transfer(source, Message.BESIDE, beside[first : first + count]))
+            first += count
+
+        def sends() -> Iterator[Transfer]:
+            for host, tokens in enumerate(tokens_per_host):
+                if host == self._host or len(tokens) == 0:
+                    continue
+                gateway = self.hosts.gateway(self.rank, host)
+                yield Transfer(gateway, Message.ROWS, x.view(torch.uint8)[tokens])
+                small = [] if plan is None else [plan.inner_idx(host, WIRE_IDX_DTYPE)]
+                small += [p[tokens] for p in (rows.topk_weights, rows.scales) if p is not None]
+                if small:
+                    joined = torch.cat([part.view(torch.uint8) for part in small], 1)
+                    yield Transfer(gateway, Message.BESIDE, joined)
+
+        def keep_own() -> None:
+            inner_x[:num_own] = x
+
+        try:
+            self._wire.exchange(operation, receives, sends(), meanwhile=keep_own)
+        except BaseException as error:
+            if isinstance(error, RuntimeError):
+                self._tell_host(operation, str(error))
+            self._break(str(error) or type(error).__name__)
+            raise
+        columns = (
+            [
+                column.clone(memory_format=torch.contiguous_format).view(part.dtype)
+                for column, part in zip(beside.split(widths, 1), parts, strict=True)
+            ]
+            if widths
+            else []
+        )
+        counts = [count for _, count in num_forwarded]
+        idx = [] if plan is None else list(columns.pop(0).split(counts))
+        weights = scales = None
+        if rows.topk_weights is not None:
+            weights = torch.cat([rows.topk_weights, columns.pop(0)])
+        if rows.scales is not None:
+            scales = torch.cat([rows.scales, columns.pop(0)])
+        return Rows(inner_x, scales, weights), idx
+
+    def _return(
+        self, rows: Rows, hop: HostHop, handle: DispatchHandle
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Sum inside the hosts and bring the sums back: one tensor of them per host."""
+        sums, weights, reason = self._sum_inside(rows, hop)
+        status = Status.REFUSED if reason else Status.FINE
+        beside = None if weights is None else weights.dtype
+        receives, parts, weight_parts = [], [], []
+        for host, tokens in enumerate(hop.tokens_per_host):
+            if host == self._host:
+                parts.append(sums)
+                weight_parts.append(weights)
+                continue
+            count, gateway = len(tokens), self.hosts.gateway(self.rank, host)
+            parts.append(sums.new_empty(count, sums.shape[1]))
+            weight_parts.append(
+                None if beside is None else torch.empty(count, handle.num_topk, dtype=beside)
+            )
+            if count:
+                receives.append(self._wire.expected_status(gateway))
+                receives.append(Transfer(gateway, Message.ROWS, parts[-1]))
+                if weight_parts[-1] is not None:
+                    receives.append(Transfer(gateway, Message.BESIDE, weight_parts[-1]))
+        sends, first = [], handle.num_tokens
+        for source, count in hop.num_forwarded:
+            if count:
+                place = slice(first, first + count)
+                sends.append(self._wire.status(source, status, reason))
+                sends.append(Transfer(source, Message.ROWS, sums[place]))
+                if weights is not None:
+                    sends.append(Transfer(source, Message.BESIDE, weights[place]))
+            first += count
+        try:
+            refusals = self._wire.exchange("combine", receives, sends)
+        except BaseException as error:
+            self._break(str(error) or type(error).__name__)
+            raise
+        if reason or refusals:
+            reasons = [f"rank {rank}: {refusals[rank]}" for rank in sorted(refusals)]
+            raise RuntimeError(reason or f"combine: expected all sums, got {'; '.join(reasons)}")
+        return parts, None if weights is None else [p for p in weight_parts if p is not None]
+
+    # -- inside this host -------------------------------------------------------------------------
+
+    def _spread(self, operation: str, rows: Rows, hop: HostHop, *, with_idx: bool) -> Rows:
+        """Put own and forwarded rows at their addresses."""
+        try:
+            return self._inside.dispatch_again(rows, hop.inner, with_idx=with_idx)
+        except BaseException as error:
+            translated = self._translated(error)
+            raise translated from (None if translated is error else error)
+
+    def _sum_inside(self, rows: Rows, hop: HostHop) -> tuple[Tensor, Tensor | None, str]:
+        """Return this host's sums, of own and forwarded tokens, and weights; or why there are none.
+
+        What cannot go on is told to those who wait for the sums, and raised.
+        """
+        try:
+            return *self._inside.combine(rows, hop.inner), ""
+        except BaseException as error:
+            translated = self._translated(error)
+            if self._broken:
+                waiting = [source for source, count in hop.num_forwarded if count]
+                reason = str(translated) or type(error).__name__
+                self._wire.send(
+                    self._wire.status(source, Status.BROKEN, reason) for source in waiting
+                )
+                raise translated from (None if translated is error else error)
+            # Memory did not suffice; rows that mean nothing keep the connections in step.
+            weights = rows.topk_weights
+            shape = (hop.inner.num_tokens, hop.inner.num_topk)
+            return (
+                rows.x.new_zeros(hop.inner.num_tokens, rows.x.shape[1]),
+                None if weights is None else weights.new_zeros(shape),
+                str(translated),
+            )
+
+    def _translated(self, error: BaseException) -> BaseException:
+        """Number ranks as the whole group does; break down if the host's ranks have.
+
+        The ranks have agreed on the call, so a disagreement inside the host is a rank that says
+        why it cannot go on.
+        """
+        members = self.hosts.members[self._host]
+
+        def in_group(match: re.Match[str]) -> str:
+            return f"rank {members[int(match[1])]}"
+
+        text = re.sub(r"\brank (\d+)", in_group, str(error)).replace(_GROUP_RANK, "rank ")
+        is_known = isinstance(error, ValueError | RuntimeError)
+        if self._inside.is_broken or not isinstance(error, RuntimeError):
+            self._break(text or type(error).__name__)
+            text = text.replace("no rank went on because of", "cannot go on because of")
+        return RuntimeError(text) if is_known else error
+
+    def _tell_host(self, operation: str, reason: str) -> None:
+        """Let this host's ranks hear why this one does not take part."""
+        try:
+            self._inside.fail(operation, reason.replace("rank ", _GROUP_RANK))
+        except (RuntimeError, ValueError):
+            return  # they have heard, or cannot any more
+
+    # -- the whole group --------------------------------------------------------------------------
+
+    def _agree(
+        self, operation: str, call: Call | None, counts: Tensor | None = None, error: str = ""
+    ) -> Tensor | None:
+        if self._broken:
+            raise RuntimeError(
+                f"{operation}: expected a working Buffer, got one that broke down "
+                f"({self._broken}); make a new Buffer"
+            )
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{operation}: expected the process that made the Buffer ({self._process}), got a "
+                f"fork of it ({os.getpid()}); make a Buffer in this process"
+            )
+        self._num_calls += 1
+        try:
+            return self._wire.agree(operation, call, counts, error)
+        except ValueError:
+            raise
+        except BaseException as exception:
+            self._break(str(exception) or type(exception).__name__)
+            raise
+
+    def _hop_of(self, operation: str, handle: DispatchHandle) -> HostHop:
+        if handle.hop is not None:
+            return handle.hop
+        error = "expected the handle to be one of this backend, got one of another"
+        self.fail(operation, error)
+        raise ValueError(f"{operation}: {error}")
+
+    def _break(self, reason: str) -> None:
+        """Make no further call, and let the others know."""
+        self._broken = reason
+        self._wire.farewell(reason)
+        self._inside.close()
+
+
+def _sum_weights(parts: Sequence[Tensor], hop: HostHop, handle: DispatchHandle) -> Tensor:
+    """Add the hosts' weights of each token, `[T, K]`; expert-major ones come from one host each."""
+    like = parts[0]
+    total = like.new_full((handle.num_tokens, handle.num_topk), 0.0 if handle.expand else -0.0)
+    for host, (part, tokens) in enumerate(zip(parts, hop.tokens_per_host, strict=True)):
+        rows = part[hop.row_in_host[tokens, host].long()]
+        if handle.expand:
+            is_here = hop.is_slot_in_host[tokens, :, host]
+            total[tokens] = torch.where(is_here, rows, total[tokens])
+        else:
+            total[tokens] += rows
+    return total if handle.expand else total.masked_fill(handle.route_rank[:, :1] < 0, 0)

@@ -1,0 +1,209 @@
+"""Two hops planned at once: which tokens go to which host, and where every row ends up there.
+
+A token goes once to each host that has one of its experts: to the gateway, the rank of the same
+index there, which puts it at its final addresses. Every rank has the counts of all, so a gateway
+works out the addresses of what it forwards from the expert ids alone, as the source would:
+restricted to the experts of one host, the plan of a source is the plan of that host.
+
+T tokens, K top-k, E experts, R ranks, L experts per rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ep_megatron import _cpu
+from ep_megatron.backends.base import Routing
+from ep_megatron.handle import DispatchHandle, HostHop
+from ep_megatron.hosts import Hosts
+from ep_megatron.layout import round_up
+
+WIRE_IDX_DTYPE = torch.int16  # of expert ids between hosts: at most 16384 experts
+
+
+@dataclass(frozen=True, eq=False)
+class HostPlan:
+    """One rank's routing, before and after the counts of all ranks are known.
+
+    Attributes:
+        hosts: which ranks share a host.
+        rank: this rank.
+        routing: of this rank's tokens, in range.
+    """
+
+    hosts: Hosts
+    rank: int
+    routing: Routing
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return len(self.hosts.host_of)
+
+    @property
+    def host(self) -> int:
+        """This rank's host."""
+        return self.hosts.host_of[self.rank]
+
+    @cached_property
+    def is_slot_in_host(self) -> Tensor:
+        """`[T, K, hosts]` bool."""
+        experts = torch.arange(self.routing.num_experts)
+        ranks = experts // (self.routing.num_experts // self.num_ranks)
+        host_of_expert = torch.tensor([*self.hosts.host_of])[ranks]
+        # The last entry is what an unused slot, -1, finds.
+        hosts = torch.cat([host_of_expert, torch.tensor([-1])])[self.routing.topk_idx.long()]
+        return hosts[:, :, None] == torch.arange(self.hosts.num_hosts)
+
+    @cached_property
+    def is_token_in_host(self) -> Tensor:
+        """`[T, hosts]` bool."""
+        return self.is_slot_in_host.any(1)
+
+    @cached_property
+    def tokens_per_host(self) -> tuple[Tensor, ...]:
+        """For each host, the ascending numbers of the tokens that go there."""
+        return tuple(column.nonzero()[:, 0] for column in self.is_token_in_host.T)
+
+    def counts(self) -> Tensor:
+        """Return what the other ranks must know: `[R + E + hosts]` int32."""
+        num_experts = self.routing.num_experts
+        counts = torch.zeros(self.num_ranks + num_experts + self.hosts.num_hosts, dtype=torch.int32)
+        per_rank, per_expert, per_host = self.split(counts)
+        _cpu.count_tokens(
+            *_routing_numbers(self.routing, self.num_ranks),
+            per_rank.data_ptr(),
+            per_expert.data_ptr(),
+        )
+        per_host.copy_(self.is_token_in_host.sum(0))
+        return counts
+
+    def split(self, counts: Tensor) -> tuple[Tensor, ...]:
+        """Split `[..., R + E + hosts]` into tokens per rank, slots per expert, tokens per host."""
+        sizes = [self.num_ranks, self.routing.num_experts, self.hosts.num_hosts]
+        return tuple(torch.split(counts, sizes, -1))
+
+    def inner_idx(self, host: int, dtype: torch.dtype) -> Tensor:
+        """Number the experts of the tokens that go to `host` within it: `[n, K]`, or -1."""
+        num_experts = self.routing.num_experts
+        per_rank = num_experts // self.num_ranks
+        table = torch.full((num_experts + 1,), -1, dtype=dtype)
+        for index, rank in enumerate(self.hosts.members[host]):
+            experts = torch.arange(index * per_rank, (index + 1) * per_rank, dtype=dtype)
+            table[rank * per_rank : (rank + 1) * per_rank] = experts
+        return table[self.routing.topk_idx[self.tokens_per_host[host]].long()]
+
+    def handle(self, plan_id: int, everyone: Tensor) -> DispatchHandle:
+        """Return the handle without its hop. `everyone`: `[R, R + E + hosts]`, all ranks' counts.
+
+        Everything in it is what the other backends put there.
+        """
+        routing, num_ranks = self.routing, self.num_ranks
+        matrix, per_expert = (part.contiguous() for part in self.split(everyone)[:2])
+        valid = per_expert.sum(0).view(num_ranks, -1)
+        blocks = round_up(valid, routing.expert_alignment)
+        routes = torch.empty(3, *routing.topk_idx.shape, dtype=torch.int32)
+        _make_routes(routing, matrix, per_expert, self.rank, routes)
+        return DispatchHandle(
+            plan_id=plan_id,
+            rank=self.rank,
+            num_ranks=num_ranks,
+            num_tokens=len(routing.topk_idx),
+            num_topk=routing.topk_idx.shape[1],
+            num_experts=routing.num_experts,
+            expand=routing.expand,
+            expert_alignment=routing.expert_alignment,
+            routes=routes,
+            num_rows_per_rank=tuple((blocks.sum(1) if routing.expand else matrix.sum(0)).tolist()),
+            num_tokens_per_rank=tuple(matrix[self.rank].tolist()),
+            num_recv_tokens_per_rank=tuple(matrix[:, self.rank].tolist()),
+            num_recv_tokens_per_expert=tuple(blocks[self.rank].tolist()),
+            num_valid_tokens_per_expert=tuple(valid[self.rank].tolist()),
+            topk_idx=None if routing.expand else routing.topk_idx.clone(),
+        )
+
+    def num_forwarded(self, everyone: Tensor) -> tuple[tuple[int, int], ...]:
+        """Return (source rank, rows) of all that this rank forwards, ascending."""
+        per_host = self.split(everyone)[2][:, self.host].tolist()
+        return tuple((source, per_host[source]) for source in self.hosts.served_by(self.rank))
+
+    def hop(
+        self, handle: DispatchHandle, everyone: Tensor, forwarded_idx: Sequence[Tensor]
+    ) -> HostHop:
+        """Plan the second hop.
+
+        Args:
+            handle: of this rank's routing.
+            everyone: `[R, R + E + hosts]`, all ranks' counts.
+            forwarded_idx: `[n, K]` of each rank that this one forwards for, see `inner_idx`.
+        """
+        members = list(self.hosts.members[self.host])
+        num_forwarded = self.num_forwarded(everyone)
+        matrix, per_expert, _ = self.split(everyone)
+        experts = torch.arange(self.routing.num_experts).view(self.num_ranks, -1)[members].flatten()
+        matrix, per_expert = matrix[:, members].contiguous(), per_expert[:, experts].contiguous()
+
+        own_idx = torch.full_like(self.routing.topk_idx, -1)
+        tokens = self.tokens_per_host[self.host]
+        own_idx[tokens] = self.inner_idx(self.host, self.routing.topk_idx.dtype)
+        topk_idx = torch.cat([own_idx, *forwarded_idx])
+        routes = torch.empty(3, *topk_idx.shape, dtype=torch.int32)
+        first = 0
+        for source, num_tokens in ((self.rank, handle.num_tokens), *num_forwarded):
+            part = slice(first, first := first + num_tokens)
+            inner = replace(self.routing, topk_idx=topk_idx[part], num_experts=len(experts))
+            _make_routes(inner, matrix, per_expert, source, routes[:, part])
+
+        through = [[rank, *self.hosts.served_by(rank)] for rank in members]
+        index = members.index(self.rank)
+        row_in_host = self.is_token_in_host.cumsum(0, dtype=torch.int32) - 1
+        row_in_host[:, self.host] = torch.arange(handle.num_tokens)
+        return HostHop(
+            inner=replace(
+                handle,
+                rank=index,
+                num_ranks=len(members),
+                num_tokens=len(topk_idx),
+                num_experts=len(experts),
+                routes=routes,
+                num_rows_per_rank=tuple(handle.num_rows_per_rank[rank] for rank in members),
+                num_tokens_per_rank=tuple(matrix[through[index]].sum(0).tolist()),
+                num_recv_tokens_per_rank=tuple(
+                    int(matrix[sources, index].sum()) for sources in through
+                ),
+                topk_idx=None if handle.expand else topk_idx,
+            ),
+            tokens_per_host=self.tokens_per_host,
+            row_in_host=row_in_host.masked_fill(~self.is_token_in_host, -1),
+            is_slot_in_host=self.is_slot_in_host,
+            num_forwarded=num_forwarded,
+        )
+
+
+def _make_routes(
+    routing: Routing, matrix: Tensor, per_expert: Tensor, source: int, routes: Tensor
+) -> None:
+    """Fill `routes [3, T, K]`; `matrix [S, R]` and `per_expert [S, E]` are contiguous."""
+    _cpu.make_routes(
+        *_routing_numbers(routing, matrix.shape[1]),
+        (matrix.data_ptr(), per_expert.data_ptr(), len(matrix)),
+        source,
+        (routes[0].data_ptr(), routes[1].data_ptr(), routes[2].data_ptr()),
+    )
+
+
+def _routing_numbers(
+    routing: Routing, num_ranks: int
+) -> tuple[int, int, tuple[int, int, int, int, bool, int]]:
+    topk_idx = routing.topk_idx
+    sizes = (
+        *topk_idx.shape,
+        routing.num_experts,
+        num_ranks,
+        routing.expand,
+        routing.expert_alignment,
+    )
+    return topk_idx.data_ptr(), topk_idx.element_size(), sizes
