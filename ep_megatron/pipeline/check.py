@@ -1,10 +1,11 @@
 """Refuse a schedule that cannot run or would compute something else, naming step and ranks."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from ep_megatron.pipeline.action import Action, Kind, Schedule
 
-_Event = tuple[str, int, int, int]
+Event = tuple[str, int, int, int]
 """("F" or "B", stage, direction, micro-batch): a forward, or a backward of inputs."""
 
 
@@ -191,7 +192,7 @@ def execution_order(schedule: Schedule) -> list[tuple[int, int, Action]]:
     Raises:
         ValueError: when ranks wait for each other for ever; names all that wait and for what.
     """
-    done: set[_Event] = set()
+    done: set[Event] = set()
     position = [0] * schedule.num_ranks
     order: list[tuple[int, int, Action]] = []
     moved = True
@@ -225,9 +226,9 @@ def execution_order(schedule: Schedule) -> list[tuple[int, int, Action]]:
     return order
 
 
-def needs(schedule: Schedule, rank: int, action: Action) -> list[_Event]:
+def needs(schedule: Schedule, rank: int, action: Action) -> list[Event]:
     """Return the events that must have happened before an action can begin."""
-    events: list[_Event] = []
+    events: list[Event] = []
     for part in action.parts():
         stage = schedule.stage_of(rank, part.chunk)
         direction = schedule.directions[part.chunk]
@@ -243,7 +244,7 @@ def needs(schedule: Schedule, rank: int, action: Action) -> list[_Event]:
     return events
 
 
-def gives(schedule: Schedule, rank: int, action: Action) -> list[_Event]:
+def gives(schedule: Schedule, rank: int, action: Action) -> list[Event]:
     """Return the events that happen when an action ends."""
     return [
         (
@@ -257,27 +258,29 @@ def gives(schedule: Schedule, rank: int, action: Action) -> list[_Event]:
     ]
 
 
-def peak_activations(schedule: Schedule, kept_by_weights: float = 1.0) -> tuple[float, ...]:
-    """Return for each rank the most chunk activations that it holds at one time.
+def peak_activations(
+    schedule: Schedule,
+    kept_by_weights: float = 1.0,
+    sizes: Sequence[Sequence[float]] | None = None,
+) -> tuple[float, ...]:
+    """Return for each rank the most activations that it holds at one time.
 
     Counted are forwards whose backward has not ended; both halves of a pair count while it runs.
 
     Args:
         schedule: one that `check` accepts.
         kept_by_weights: share of a chunk's activations that is still held between I and W.
+        sizes: `[rank][chunk]`, of a chunk's activations; each counts 1 without.
     """
     peaks = []
-    for actions in schedule.actions:
+    for rank, actions in enumerate(schedule.actions):
         held = peak = 0.0
+        of_chunk = sizes[rank] if sizes is not None else [1.0] * schedule.num_chunks
         for action in actions:
-            if action.kind in (Kind.F, Kind.FB):
-                held += 1
+            held += sum(of_chunk[p.chunk] for p in action.parts() if p.kind is Kind.F)
             peak = max(peak, held)
-            if action.kind in (Kind.B, Kind.FB):
-                held -= 1
-            elif action.kind is Kind.I:
-                held -= 1 - kept_by_weights
-            elif action.kind is Kind.W:
-                held -= kept_by_weights
+            for part in action.parts():
+                freed = {Kind.B: 1.0, Kind.I: 1 - kept_by_weights, Kind.W: kept_by_weights}
+                held -= freed.get(part.kind, 0.0) * of_chunk[part.chunk]
         peaks.append(peak)
     return tuple(peaks)
