@@ -100,6 +100,91 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+@app.command()
+def simulate(  # noqa: PLR0913  (every parameter is an option)
+    schedule: Annotated[str, typer.Option(help="Schedules, separated by commas.")] = "dualpipev",
+    pipeline_parallel: Annotated[str, typer.Option(help="Pipeline ranks, by comma.")] = "4",
+    num_microbatches: Annotated[str, typer.Option(help="Micro-batches, by comma.")] = "16",
+    num_chunks: Annotated[
+        int | None, typer.Option(help="Model chunks per rank of the interleaved schedules.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="All schedules.")] = False,
+    profile: Annotated[
+        str, typer.Option(help="Node times: a YAML file, or deepseek-v3-h800, or unit.")
+    ] = "deepseek-v3-h800",
+    expert_parallel: Annotated[str, typer.Option(help="Expert-parallel sizes, by comma.")] = "",
+    communication_sms: Annotated[str, typer.Option(help="SMs for exchanges, by comma.")] = "",
+    imbalance: Annotated[float, typer.Option(help="Rows of the fullest rank over the mean.")] = 1.0,
+    overlap: Annotated[
+        str, typer.Option(help="pairs; weights (behind exchanges, no pairs); none (blocking).")
+    ] = "pairs",
+    host_in_step: Annotated[
+        bool, typer.Option("--host-in-step", help="The host computes itself, as on CPUs.")
+    ] = False,
+    launch_late: Annotated[
+        bool, typer.Option("--launch-late", help="A pair starts exchanges after both computes.")
+    ] = False,
+    memory_limit: Annotated[float | None, typer.Option(help="GiB of a rank.")] = None,
+    from_trace: Annotated[
+        list[Path] | None, typer.Option(help="Traces of a measured run; simulate that run.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page of the timelines.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the best one's picture.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write its Perfetto trace.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+) -> None:
+    """Predict the step time, bubble, exposed communication and memory of pipeline schedules.
+
+    Several values of an option give a table of all combinations, best first.
+    """
+    from rich.console import Console
+
+    from ep_megatron.pipeline import command
+    from ep_megatron.pipeline.plan import by_merit, cases, run_case
+    from ep_megatron.pipeline.profile import load_profile
+    from ep_megatron.pipeline.program import Options
+    from ep_megatron.pipeline.schedule import SCHEDULES
+
+    console = Console()
+    try:
+        if from_trace:
+            simulation, measured = command.compare_with_trace(from_trace, console)
+            timelines = [(measured, None), (simulation.timeline, simulation)]
+            written = command.write_files(timelines, html, svg, trace)
+        else:
+            (mode,) = _choices("--overlap", overlap, ("pairs", "weights", "none"))
+            options = Options(
+                mode == "pairs", mode != "none", mode == "none", not host_in_step, not launch_late
+            )
+            names = _choices("--schedule", "" if compare else schedule, tuple(SCHEDULES))
+            known = load_profile(profile)
+            limit = None if memory_limit is None else memory_limit * command.GIB
+            asked = cases(
+                names,
+                _numbers("--pipeline-parallel", pipeline_parallel),
+                _numbers("--num-microbatches", num_microbatches),
+                num_chunks,
+                _numbers("--expert-parallel", expert_parallel) if expert_parallel else [None],
+                _numbers("--communication-sms", communication_sms) if communication_sms else [None],
+            )
+            outcomes = by_merit([run_case(c, known, options, imbalance) for c in asked], limit)
+            found = [o.simulation for o in outcomes if o.simulation is not None]
+            if not found:
+                raise ValueError(outcomes[0].reason)
+            command.print_outcomes(outcomes, console, limit)
+            if len(found) == 1:
+                command.print_ranks(found[0], console)
+            written = command.write_files([(f.timeline, f) for f in found], html, svg, trace)
+            if json_file is not None:
+                json_file.write_text(command.as_json(outcomes))
+                written.append(json_file)
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    for file in written:
+        typer.echo(f"wrote {file}")
+
+
 def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
         raise typer.BadParameter(f"{option}: expected positive numbers, got {text!r}")

@@ -8,10 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "streams", "hosts"}
-    | {"pipeline", "pipeline.action", "pipeline.trace"},
-    {"layout", "fp8", "backends.base", "pipeline.check", "pipeline.generators"},
-    {"arguments", "backends.meeting", "pipeline.schedule"},
+    {"config", "handle", "_cpu", "streams", "hosts"},
+    {"layout", "fp8", "backends.base"},
+    {"arguments", "backends.meeting"},
     {"backends.process_group", "backends.shared_memory", "backends.host_plan", "backends.wire"},
     {"backends.hierarchical"},
     {"backends"},
@@ -23,6 +22,18 @@ FLOORS = [
     {"bench"},
     {"cli"},
 ]
+# The pipeline's rooms that are about schedules, not about tensors, share the lowest floors.
+SCHEDULE_FLOORS = [
+    {"pipeline", "pipeline.action", "pipeline.trace", "pipeline.profile"},
+    {"pipeline.check", "pipeline.generators", "pipeline.costs", "pipeline.measures"},
+    {"pipeline.schedule", "pipeline.program", "pipeline.cells"},
+    {"pipeline.engine", "pipeline.picture", "pipeline.calibrate"},
+    {"pipeline.simulate", "pipeline.page"},
+    {"pipeline.plan"},
+    {"pipeline.command"},
+]
+for _floor, _rooms in zip(FLOORS, SCHEDULE_FLOORS, strict=False):
+    _floor |= _rooms
 # Inside these one room may use another of the same floor, as long as nothing goes in circles.
 WINGS = {"megatron", "train", "bench"}
 

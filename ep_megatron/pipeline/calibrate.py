@@ -1,0 +1,107 @@
+"""From a measured run to costs: what each node took, so that the run can be simulated."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+
+from ep_megatron.pipeline.action import Schedule
+from ep_megatron.pipeline.costs import Costs, Exchange, Piece, StageCosts
+from ep_megatron.pipeline.program import Options
+from ep_megatron.pipeline.schedule import make_schedule
+from ep_megatron.pipeline.trace import Span, Timeline
+
+_Node = tuple[str, int | None]
+"""Name and layer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trace says about the run: its schedule, how ranks ran it, and the nodes' times."""
+
+    schedule: Schedule
+    options: Options
+    costs: Costs
+
+
+def calibrate(timeline: Timeline) -> Measured:
+    """Read schedule, options and node times from a measured run.
+
+    A node takes the median over the run's micro-batches of its chunk on its rank. An exchange's
+    time contains the wait for peers, since a trace cannot tell it apart. A message takes what the
+    quickest took: slower ones waited for their receiver. Compute spans of kind B count as inputs'
+    half; the weights' half then takes no time of its own.
+
+    Args:
+        timeline: with `schedule`, `num_microbatches` and `num_chunks` in its description, and
+            `mirrored` and `options` (the fields of `Options`) where they differ from the defaults.
+
+    Raises:
+        ValueError: names what the trace lacks.
+    """
+    schedule = _schedule(timeline)
+    stages: list[StageCosts] = []
+    for stage in range(schedule.num_stages):
+        places = [schedule.place_of(stage, d) for d in range(schedule.num_directions)]
+        spans = [
+            span
+            for span in timeline.spans
+            if (span.rank, span.chunk) in places and span.lane != "p2p"
+        ]
+        stages.append(_stage(stage, spans))
+    flights = [span.end - span.start for span in timeline.spans if span.lane == "p2p"]
+    given = timeline.description.get("options", {})
+    try:
+        options = Options(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"calibrate: expected options of the trace to be those of a run, got {given}; {error}"
+        ) from None
+    return Measured(schedule, options, Costs(tuple(stages), min(flights, default=0.0)))
+
+
+def _schedule(timeline: Timeline) -> Schedule:
+    about = timeline.description
+    missing = [key for key in ("schedule", "num_microbatches", "num_chunks") if key not in about]
+    if missing:
+        raise ValueError(
+            f"calibrate: expected the trace's otherData to have {', '.join(missing)}, "
+            f"got {', '.join(map(str, about)) or 'none'}"
+        )
+    name, chunks = str(about["schedule"]), int(about["num_chunks"])
+    schedule = make_schedule(name, timeline.num_ranks, int(about["num_microbatches"]), chunks)
+    return schedule.mirrored() if about.get("mirrored") else schedule
+
+
+def _stage(stage: int, spans: list[Span]) -> StageCosts:
+    times: dict[tuple[_Node, str], list[float]] = defaultdict(list)
+    for span in spans:
+        times[(span.name, span.layer), span.kind].append(span.end - span.start)
+    forwards = [span for span in spans if span.kind == "F"]
+    if not forwards:
+        raise ValueError(
+            f"calibrate: expected the trace to have forward spans of stage {stage}, got none"
+        )
+    first = min(forwards, key=lambda span: span.start)
+    order = sorted(
+        (s for s in forwards if (s.rank, s.microbatch) == (first.rank, first.microbatch)),
+        key=lambda span: (span.start, span.end),
+    )
+
+    def typical(node: _Node, *kinds: str) -> float:
+        for kind in kinds:
+            if times.get((node, kind)):
+                return median(times[node, kind])
+        return 0.0
+
+    segments: list[list[Piece]] = [[]]
+    exchanges: list[Exchange] = []
+    for span in order:
+        node = (span.name, span.layer)
+        if span.lane == "compute":
+            inputs, weights = typical(node, "I", "B"), typical(node, "W")
+            segments[-1].append(Piece(span.name, span.layer, typical(node, "F"), inputs, weights))
+        else:
+            backward = typical(node, "B", "I")
+            exchanges.append(Exchange(span.name, span.layer or 0, typical(node, "F"), backward))
+            segments.append([])
+    return StageCosts(tuple(map(tuple, segments)), tuple(exchanges))
