@@ -128,13 +128,14 @@ def deepseek_pair(whole_exchange: bool) -> tuple[float, float]:
 
 
 def test_deepseeks_trace_is_met_within_four_per_cent() -> None:
-    """Measured: 129.0 ms with 4.2 ms exposed; node times are means of it, gaps are not in them."""
+    """Measured: 129.0 ms with 4.2 ms exposed. The gaps between kernels are in no node's time."""
     span, exposed = deepseek_pair(whole_exchange=False)
-    assert span == pytest.approx(129.0, rel=0.06)
-    assert exposed < 6.0
-    span, exposed = deepseek_pair(whole_exchange=True)
+    assert span == pytest.approx(124.3, abs=0.05)  # what the trace computes: all else is hidden
     assert span == pytest.approx(129.0, rel=0.04)
-    assert exposed == pytest.approx(4.2, abs=4.2)
+    assert exposed == 0.0
+    span, exposed = deepseek_pair(whole_exchange=True)
+    assert span == pytest.approx(129.0, rel=0.03)
+    assert 1.0 < exposed < 4.2
 
 
 def test_a_pair_runs_in_deepseeks_order() -> None:
@@ -301,7 +302,7 @@ def test_intervals_are_sets_of_times(pairs: list[tuple[int, int]], data: st.Data
     others = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12))
 
     def spans(which: list[tuple[int, int]]) -> list[Span]:
-        return [Span(0, "comm", "x", "F", 0, 0, None, s, s + n) for s, n in which]
+        return [Span(0, "comm", "x", "F", 0, 0, None, s, s + n, 0) for s, n in which]
 
     def points(which: list[tuple[int, int]]) -> set[int]:
         return {t for s, n in which for t in range(s, s + n)}

@@ -36,37 +36,16 @@ class Cell:
 
 
 def cells_of(timeline: Timeline, rank: int) -> list[Cell]:
-    """Return a rank's actions in order.
-
-    Spans that name no step are taken together as long as neither what they are part of changes
-    nor more than two parts are woven.
-    """
-    groups: list[list[Span]] = []
+    """Return a rank's actions in order."""
     steps: dict[int, list[Span]] = {}
     for span in timeline.of_rank(rank):
-        if span.lane != "compute":
-            continue
-        if span.step is not None:
-            if span.step not in steps:
-                steps[span.step] = []
-                groups.append(steps[span.step])
-            steps[span.step].append(span)
-        elif groups and groups[-1][-1].step is None and _belongs(span, groups[-1]):
-            groups[-1].append(span)
-        else:
-            groups.append([span])
-    return [_cell(group) for group in groups]
+        if span.lane == "compute":
+            steps.setdefault(span.step, []).append(span)
+    return [_cell(group) for group in steps.values()]
 
 
 def _part(span: Span) -> tuple[bool, int, int]:
     return (span.kind == "F", span.chunk, span.microbatch)
-
-
-def _belongs(span: Span, group: list[Span]) -> bool:
-    parts = {_part(other) for other in group}
-    if _part(span) in parts:
-        return True
-    return len(parts) == 1 and _part(span)[0] != _part(group[0])[0] and span.start < group[-1].end
 
 
 def _cell(group: list[Span]) -> Cell:

@@ -8,6 +8,7 @@ the run's description.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Span:
         layer: within the chunk; None for what belongs to no layer.
         start: microseconds, on a clock that all ranks of the run share.
         end: microseconds.
-        step: index of the action in the rank's schedule; None when unknown.
+        step: index of the action in the rank's schedule.
     """
 
     rank: int
@@ -48,7 +49,7 @@ class Span:
     layer: int | None
     start: float
     end: float
-    step: int | None = None
+    step: int
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Timeline:
         title: one line for people.
         num_ranks: pipeline ranks.
         spans: in any order.
-        description: what the run was: `schedule`, `num_microbatches`, `num_chunks`,
-            `layers_per_chunk`, `measured` (bool), and whatever else; JSON values.
+        description: what the run was, JSON values: `schedule`, `num_microbatches`, `num_chunks`;
+            `mirrored` where the schedule is; `options`, how ranks ran it, by the fields of
+            `program.Options`; `measured`; and whatever else. A run is simulated again from these.
     """
 
     title: str
@@ -68,9 +70,16 @@ class Timeline:
     spans: tuple[Span, ...]
     description: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def _by_rank(self) -> list[list[Span]]:
+        ranks: list[list[Span]] = [[] for _ in range(self.num_ranks)]
+        for span in sorted(self.spans, key=lambda span: (span.start, span.end)):
+            ranks[span.rank].append(span)
+        return ranks
+
     def of_rank(self, rank: int) -> list[Span]:
         """Return a rank's spans by their start."""
-        return sorted((s for s in self.spans if s.rank == rank), key=lambda s: (s.start, s.end))
+        return self._by_rank[rank]
 
     @property
     def start(self) -> float:
@@ -172,7 +181,7 @@ def _read_one(path: Path) -> Timeline:
 def _read_span(event: Any, num_ranks: int, where: str) -> Span:
     try:
         args = event["args"]
-        layer, step = args.get("layer"), args.get("step")
+        layer = args.get("layer")
         start = float(event["ts"])
         span = Span(
             rank=int(event["pid"]),
@@ -184,7 +193,7 @@ def _read_span(event: Any, num_ranks: int, where: str) -> Span:
             layer=None if layer is None else int(layer),
             start=start,
             end=start + float(event["dur"]),
-            step=None if step is None else int(step),
+            step=int(args["step"]),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(
