@@ -12,27 +12,33 @@
 
 namespace py = pybind11;
 
-namespace {
+namespace ep {
 
-using ep::pointer;
-
-ep::DType dtype_of(const std::string& operation, const std::string& name) {
-    if (name == "bfloat16") return ep::DType::kBFloat16;
-    if (name == "float16") return ep::DType::kFloat16;
-    if (name == "float32") return ep::DType::kFloat32;
-    if (name == "float64") return ep::DType::kFloat64;
+DType dtype_of(const std::string& operation, const std::string& name) {
+    if (name == "bfloat16") return DType::kBFloat16;
+    if (name == "float16") return DType::kFloat16;
+    if (name == "float32") return DType::kFloat32;
+    if (name == "float64") return DType::kFloat64;
     throw std::invalid_argument(
         operation + ": expected dtype to be bfloat16, float16, float32 or float64, got " + name);
 }
 
-const ep::RowKernels& kernels_of(const std::string& operation, const std::string& isa) {
-    if (const ep::RowKernels* kernels = ep::find_row_kernels(isa)) return *kernels;
+const RowKernels& kernels_of(const std::string& operation, const std::string& isa) {
+    if (const RowKernels* kernels = find_row_kernels(isa)) return *kernels;
     std::string names;
-    for (const char* name : ep::row_kernel_names())
+    for (const char* name : row_kernel_names())
         names += (names.empty() ? "" : ", ") + std::string(name);
     throw std::invalid_argument(operation + ": expected isa to be one of " + names + ", got " +
                                 isa);
 }
+
+}  // namespace ep
+
+namespace {
+
+using ep::dtype_of;
+using ep::kernels_of;
+using ep::pointer;
 
 void check_row_bytes(const std::string& operation, size_t num_bytes) {
     if (num_bytes % 16 == 0) return;
@@ -95,4 +101,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("num_bytes"), py::arg("streaming"));
     ep::bind_exchange(m);
     ep::bind_plan(m);
+    ep::bind_fp8(m);
 }

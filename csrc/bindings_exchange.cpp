@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "bindings.h"
 #include "cpu/exchange.h"
@@ -48,6 +49,9 @@ std::unique_ptr<Exchange> make_exchange(const std::string& folder,
         ExchangeOptions{max_bytes, max_view_bytes, streaming_bytes, num_threads, wait});
 }
 
+// dtype of x, hidden, format, whether scales arrive by column.
+using DispatchCast = std::tuple<std::string, size_t, Fp8FormatTuple, bool>;
+
 // Positional and flat: a call moves a few kilobytes at times, and looking up names costs as much.
 Dispatched dispatch(Exchange& exchange,
                     const std::vector<int64_t>& call,
@@ -58,7 +62,8 @@ Dispatched dispatch(Exchange& exchange,
                     const std::tuple<size_t, size_t, size_t, size_t>& row_bytes,
                     uintptr_t routes,
                     const std::optional<std::vector<int64_t>>& num_rows_per_rank,
-                    const std::optional<std::vector<int64_t>>& valid_per_expert) {
+                    const std::optional<std::vector<int64_t>>& valid_per_expert,
+                    const std::optional<DispatchCast>& cast) {
     DispatchArgs args{};
     args.call = call;
     args.operation = num_rows_per_rank ? kCachedDispatch : kDispatch;
@@ -72,11 +77,31 @@ Dispatched dispatch(Exchange& exchange,
     args.routes = routes_at(routes, args.routing.num_tokens * args.routing.num_topk);
     std::tie(args.row_bytes.x, args.row_bytes.scales, args.row_bytes.weights, args.row_bytes.idx) =
         row_bytes;
+    if (cast) {
+        const auto& [dtype, hidden, format, by_column] = *cast;
+        args.cast = fp8_cast("dispatch", dtype, hidden, format);
+        args.row_bytes.scales_by_column = by_column;
+    }
     args.x = pointer<const char>(std::get<0>(rows));
     args.scales = pointer<const char>(std::get<1>(rows));
     args.weights = pointer<const char>(std::get<2>(rows));
     const py::gil_scoped_release no_gil;
     return exchange.dispatch(args);
+}
+
+void widen(Exchange& exchange,
+           const std::string& dtype,
+           const Fp8FormatTuple& format,
+           uintptr_t out,
+           uintptr_t data,
+           uintptr_t scales,
+           const std::pair<size_t, size_t>& strides,
+           int64_t num_rows,
+           size_t hidden) {
+    const Fp8Cast cast = fp8_cast("dispatch", dtype, hidden, format);
+    const py::gil_scoped_release no_gil;
+    exchange.widen(cast, pointer<char>(out), pointer<const char>(data), pointer<const char>(scales),
+                   {strides.first, strides.second}, num_rows);
 }
 
 bool combine(Exchange& exchange,
@@ -139,6 +164,7 @@ void bind_exchange(py::module_& m) {
         .def("unlink", &Exchange::unlink)
         .def("reserve", &Exchange::reserve, "num_bytes"_a, no_gil)
         .def("dispatch", &dispatch)
+        .def("widen", &widen)
         .def("combine", &combine)
         .def("report_failure", &Exchange::report_failure, "operation"_a, "error"_a, no_gil)
         .def("reports", &Exchange::reports)

@@ -20,6 +20,32 @@ def reduce_rows(
 def copy_row(isa: str, out_ptr: int, row_ptr: int, num_bytes: int, streaming: bool) -> None:
     """Copy a row with one build of the kernels, for tests; see csrc/cpu/rows.h."""
 
+def quantize_rows(
+    isa: str,
+    dtype: str,
+    format: tuple[int, int, float],
+    data_ptr: int,
+    scales_ptr: int,
+    scale_strides: tuple[int, int],
+    x_ptr: int,
+    num_rows: int,
+    hidden: int,
+) -> None:
+    """Cast rows to e4m3 by (block, kind of scales, min_amax); isa "" is the fastest build."""
+
+def dequantize_rows(
+    isa: str,
+    dtype: str,
+    format: tuple[int, int, float],
+    out_ptr: int,
+    data_ptr: int,
+    scales_ptr: int,
+    scale_strides: tuple[int, int],
+    num_rows: int,
+    hidden: int,
+) -> None:
+    """Widen e4m3 rows to `dtype`; strides of scales are bytes."""
+
 MAX_EXPERTS: int
 
 class Block:
@@ -79,12 +105,28 @@ class Exchange:
         routes: int,
         num_rows_per_rank: Sequence[int] | None,
         valid_per_expert: Sequence[int] | None,
+        cast: tuple[str, int, tuple[int, int, float], bool] | None,
         /,
     ) -> Dispatched:
         """Dispatch rows (x, scales, weights), routed by (T, K, E, expand, alignment).
 
         `row_bytes` has a fourth number: bytes of one expert id, 0 where ids do not travel.
+        `cast`: dtype and hidden of x, its format as FP8, and whether scales arrive by column.
         """
+
+    def widen(
+        self,
+        dtype: str,
+        format: tuple[int, int, float],
+        out: int,
+        data: int,
+        scales: int,
+        scale_strides: tuple[int, int],
+        num_rows: int,
+        hidden: int,
+        /,
+    ) -> None:
+        """Widen received rows; see dequantize_rows."""
 
     def combine(
         self,

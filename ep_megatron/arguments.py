@@ -6,7 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ep_megatron import fp8
 from ep_megatron.backends.base import DTYPES, Routing, Rows
+from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 
 SUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -112,6 +114,8 @@ def dispatch_rows(
     topk_weights: Tensor | None,
     routing: Routing | DispatchHandle,
     num_ranks: int,
+    recipe: Fp8Recipe | None = None,
+    widen_to: torch.dtype | None = None,
 ) -> tuple[Rows, Routing | DispatchHandle]:
     """Check everything that a fresh or cached dispatch takes; return it contiguous."""
     data, scales = x if isinstance(x, tuple) else (x, None)
@@ -129,10 +133,37 @@ def dispatch_rows(
     data = check_rows(operation, "x", data, num_tokens)
     if scales is not None:
         scales = check_scales(operation, scales, data)
+    check_fp8(operation, data, scales, recipe, widen_to)
     if topk_weights is not None:
         shape = (num_tokens, num_topk)
         topk_weights = check_weights(operation, topk_weights, shape, data.device)
-    return Rows(data, scales, topk_weights), routing
+    return Rows(data, scales, topk_weights, fp8=recipe, widen_to=widen_to), routing
+
+
+def check_fp8(
+    operation: str,
+    x: Tensor,
+    scales: Tensor | None,
+    recipe: Fp8Recipe | None,
+    widen_to: torch.dtype | None,
+) -> None:
+    """Raise unless rows can be cast by `recipe`, and widened where they arrive."""
+    if recipe is not None:
+        if not isinstance(recipe, Fp8Recipe):
+            raise _error(operation, "fp8", "an Fp8Recipe or None", type(recipe).__name__)
+        if scales is not None:
+            raise _error(operation, "x", "a tensor when fp8 is given", "a pair with x_scales")
+        recipe.check_rows(operation, "x", x)
+    if widen_to is None:
+        return
+    if widen_to not in fp8.INPUT_DTYPES:
+        raise _error(operation, "widen_to", f"one of {_names(fp8.INPUT_DTYPES)}", str(widen_to))
+    if recipe is None:
+        if scales is None or x.dtype != torch.float8_e4m3fn:
+            raise _error(
+                operation, "widen_to", "None for rows that are not FP8", _names([widen_to])
+            )
+        fp8.block_of(operation, "x", x, scales)
 
 
 def combine_rows(

@@ -7,6 +7,7 @@ for it runs; what goes beyond it is keyword-only.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from ep_megatron.arguments import (
 )
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.config import BufferConfig
+from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.streams import EventHandle, EventOverlap
 
@@ -147,6 +149,8 @@ class Buffer:
         *,
         num_experts: int | None = None,
         expand: bool = False,
+        fp8: Fp8Recipe | None = None,
+        widen_to: torch.dtype | None = None,
     ) -> tuple[
         Tensor | tuple[Tensor, Tensor],
         Tensor | None,
@@ -181,11 +185,16 @@ class Buffer:
             num_experts: instead of `num_tokens_per_expert`.
             expand: rows arrive expert-major, one per (token, local expert), each expert's block
                 padded with zero rows to `expert_alignment`.
+            fp8: rows of `x` (bfloat16, float16 or float32) are cast to e4m3 as they are sent, and
+                arrive as `(recv_x, recv_scales)`; see `Fp8Recipe`. A row is read and cast once,
+                however many ranks it goes to, its own included.
+            widen_to: e4m3 rows, cast here or by the caller, arrive widened to this dtype.
 
         Returns:
             recv_x: `[M, H]`, one row per token that has an expert here, by source rank, then token;
                 with `expand` `[N, H]`, by local expert, then source rank, token and slot. A pair
-                with `recv_scales` where `x` was one.
+                with `recv_scales` where `x` was one or `fp8` is given, and not `widen_to`; padding
+                rows have scales of zero.
             recv_topk_idx: `[M, K]` local experts, -1 where an expert is elsewhere; None with
                 `expand` or `handle`.
             recv_topk_weights: `[M, K]`, 0 where an expert is elsewhere; with `expand` `[N]`.
@@ -205,7 +214,9 @@ class Buffer:
                 f"{num_worst_tokens}; a fixed capacity is not there yet"
             )
         if handle is not None:
-            return self._dispatch_again(x, topk_idx, topk_weights, handle, async_finish)
+            return self._dispatch_again(
+                x, topk_idx, topk_weights, handle, async_finish, fp8, widen_to
+            )
 
         def check() -> tuple[Rows, Routing | DispatchHandle]:
             experts = num_experts
@@ -215,7 +226,9 @@ class Buffer:
                 missing = "topk_idx" if topk_idx is None else "num_tokens_per_expert"
                 raise ValueError(f"dispatch: expected {missing} or a handle, got None")
             routing = Routing(topk_idx, experts, expand, expert_alignment)
-            return dispatch_rows("dispatch", x, topk_weights, routing, self.group_size)
+            return dispatch_rows(
+                "dispatch", x, topk_weights, routing, self.group_size, fp8, widen_to
+            )
 
         rows, routing = self._checked("dispatch", check)
         assert isinstance(routing, Routing)
@@ -283,6 +296,8 @@ class Buffer:
         topk_weights: Tensor | None,
         handle: DispatchHandle,
         async_finish: bool,
+        fp8: Fp8Recipe | None,
+        widen_to: torch.dtype | None,
     ) -> tuple[Any, None, Tensor | None, None, None, EventOverlap]:
         operation = "cached dispatch"
 
@@ -292,7 +307,7 @@ class Buffer:
                     "cached dispatch: expected topk_idx to be None, got a tensor; the handle "
                     "holds the routing"
                 )
-            return dispatch_rows(operation, x, topk_weights, handle, self.group_size)
+            return dispatch_rows(operation, x, topk_weights, handle, self.group_size, fp8, widen_to)
 
         rows, _ = self._checked(operation, check)
         received = self._backend.dispatch_again(rows, handle)

@@ -8,9 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "streams", "hosts"},
-    {"layout", "fp8", "backends.base"},
-    {"arguments", "backends.meeting"},
+    {"config", "handle", "_cpu", "streams", "hosts", "fp8"},
+    {"layout", "casts", "backends.base"},
+    {"arguments", "backends.meeting", "backends.casting"},
     {"backends.process_group", "backends.shared_memory", "backends.host_plan", "backends.wire"},
     {"backends.hierarchical"},
     {"backends"},

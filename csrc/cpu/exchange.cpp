@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
 constexpr int kMaxTopk = 128;
+constexpr size_t kColumnAlignment = 4;  // as fp8.COLUMN_ALIGNMENT
 constexpr size_t kPrefetchBytes = 256;  // until the hardware has noticed where a row goes on
 
 size_t round_up(size_t count, size_t alignment) {
@@ -40,8 +41,12 @@ void write_error(Post& post, ErrorKind kind, const std::string& error) {
 Sections::Sections(const RowBytes& row, int64_t num_rows, int num_topk, bool expand) {
     const auto rows = static_cast<size_t>(num_rows);
     const size_t columns = expand ? 1 : static_cast<size_t>(num_topk);
+    num_scale_rows = row.scales_by_column ? round_up(rows, kColumnAlignment) : rows;
+    num_scale_columns = row.scales_by_column ? row.scales / 4 : 0;
+    strides =
+        row.scales_by_column ? ScaleStrides{4, 4 * num_scale_rows} : ScaleStrides{row.scales, 4};
     scales = round_up(rows * row.x, 64);
-    weights = scales + round_up(rows * row.scales, 64);
+    weights = scales + round_up(num_scale_rows * row.scales, 64);
     idx = weights + round_up(rows * row.weights * columns, 64);
     end = idx + (expand ? 0 : rows * row.idx * columns);
 }
@@ -297,19 +302,30 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
                 std::memset(weights + slot * bytes.weights, 0, bytes.weights);
         }
     };
+    const size_t source_bytes = args.cast ? args.cast->row_bytes() : bytes.x;
     const auto push_range = [&](int64_t begin, int64_t end) {
+        std::optional<CastRow> cast;
+        if (args.cast) cast.emplace(*args.cast);
         for (auto token = static_cast<size_t>(begin); token < static_cast<size_t>(end); ++token) {
-            const char* source = args.x + token * bytes.x;
-            if (token + 1 < static_cast<size_t>(end)) prefetch_row(source + bytes.x, bytes.x);
+            const char* source = args.x + token * source_bytes;
+            const char* scales = args.cast ? nullptr : args.scales + token * bytes.scales;
+            if (token + 1 < static_cast<size_t>(end))
+                prefetch_row(source + source_bytes, source_bytes);
+            if (cast && args.routes.rank[token * num_topk] >= 0) {
+                cast->read(kernels, source);
+                source = cast->data();
+                scales = cast->scales();
+            }
             for (size_t at = token * num_topk; at < (token + 1) * num_topk; ++at) {
                 const int rank = args.routes.rank[at];
                 if (rank < 0) break;
                 const Target& target = targets[static_cast<size_t>(rank)];
                 const auto row = static_cast<size_t>(args.routes.row[at]);
                 copy(target.rows + row * bytes.x, source, bytes.x);
+                const Sections& sections = target.sections;
                 if (bytes.scales != 0)
-                    std::memcpy(target.rows + target.sections.scales + row * bytes.scales,
-                                args.scales + token * bytes.scales, bytes.scales);
+                    store_scales(target.rows + sections.scales + row * sections.strides.row,
+                                 sections.strides.word, scales, bytes.scales);
                 char* weights = target.rows + target.sections.weights;
                 if (has_columns) {
                     push_columns(token, rank, weights + row * bytes.weights * num_topk,
@@ -328,21 +344,46 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
 }
 
 void Exchange::clear_padding(const DispatchArgs& args, const Dispatched& result) {
-    if (!args.routing.expand || args.routing.alignment == 1) return;
     const RowBytes& bytes = args.row_bytes;
-    const Sections sections(bytes, result.num_rows_per_rank[static_cast<size_t>(rank_)],
-                            args.routing.num_topk, true);
+    const auto num_rows = static_cast<size_t>(result.num_rows_per_rank[static_cast<size_t>(rank_)]);
+    const Sections sections(bytes, static_cast<int64_t>(num_rows), args.routing.num_topk,
+                            args.routing.expand);
     char* start = result.block->data();
+    const auto clear_columns = [&](size_t first, size_t end) {
+        char* column = start + sections.scales;
+        for (size_t i = 0; i < sections.num_scale_columns; ++i, column += sections.strides.word)
+            std::memset(column + 4 * first, 0, 4 * (end - first));
+    };
+    clear_columns(num_rows, sections.num_scale_rows);
+    if (!args.routing.expand || args.routing.alignment == 1) return;
     size_t row = 0;
     for (int64_t valid : result.valid_per_expert) {
         const size_t first = row + static_cast<size_t>(valid);
         row += round_up(static_cast<size_t>(valid), static_cast<size_t>(args.routing.alignment));
         std::memset(start + first * bytes.x, 0, (row - first) * bytes.x);
-        std::memset(start + sections.scales + first * bytes.scales, 0,
-                    (row - first) * bytes.scales);
+        if (bytes.scales_by_column)
+            clear_columns(first, row);
+        else
+            std::memset(start + sections.scales + first * bytes.scales, 0,
+                        (row - first) * bytes.scales);
         std::memset(start + sections.weights + first * bytes.weights, 0,
                     (row - first) * bytes.weights);
     }
+}
+
+void Exchange::widen(const Fp8Cast& cast,
+                     char* out,
+                     const char* data,
+                     const char* scales,
+                     ScaleStrides strides,
+                     int64_t num_rows) {
+    const std::lock_guard lock(mutex_);
+    workers_.run(num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
+        const auto first = static_cast<size_t>(begin);
+        dequantize_rows(row_kernels(), cast, out + first * cast.row_bytes(),
+                        data + first * cast.hidden, scales + first * strides.row, strides,
+                        static_cast<size_t>(end) - first);
+    });
 }
 
 // -- combine --------------------------------------------------------------------------------------

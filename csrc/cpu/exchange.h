@@ -3,10 +3,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/fp8_rows.h"
 #include "cpu/meeting.h"
 #include "cpu/plan.h"
 #include "cpu/rows.h"
@@ -28,12 +30,16 @@ struct RowBytes {
     size_t scales;
     size_t weights;  // of one weight
     size_t idx;      // of one expert index
+    bool scales_by_column = false;
 };
 
 /// Where the parts of `num_rows` received rows lie in a block.
 struct Sections {
     Sections(const RowBytes& row, int64_t num_rows, int num_topk, bool expand);
     size_t scales, weights, idx, end;
+    ScaleStrides strides;      // of the scales
+    size_t num_scale_columns;  // by column only, where each column is padded to
+    size_t num_scale_rows;     // this many words
 };
 
 struct DispatchArgs {
@@ -43,7 +49,8 @@ struct DispatchArgs {
     Routes routes;                           // written by a dispatch, read by a cached one
     std::vector<int64_t> num_rows_per_rank;  // cached only
     std::vector<int64_t> valid_per_expert;   // cached only, of this rank's experts
-    RowBytes row_bytes;
+    RowBytes row_bytes;                      // as they travel
+    std::optional<Fp8Cast> cast;             // x is cast on its way; its scales are made, not given
     const char* x;
     const char* scales;
     const char* weights;  // [T, K]
@@ -98,6 +105,13 @@ class Exchange {
     Dispatched dispatch(const DispatchArgs& args);
     /// Whether the ranks agreed; if not, nothing was written.
     bool combine(const CombineArgs& args);
+    /// Widen received rows. Local.
+    void widen(const Fp8Cast& cast,
+               char* out,
+               const char* data,
+               const char* scales,
+               ScaleStrides strides,
+               int64_t num_rows);
     /// Take part in a call only to say why this rank cannot.
     void report_failure(uint32_t operation, const std::string& error);
     /// What each rank said of the last call: its description, and its error.

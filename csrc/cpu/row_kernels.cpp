@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/fp8_lanes.h"
 #include "cpu/row_lanes.h"
 #include "cpu/rows.h"
 
@@ -163,6 +164,51 @@ void reduce(DType dtype,
     reduce_as<false>(dtype, target, sum, num_bytes);
 }
 
+template <class D>
+void quantize_from(
+    const Fp8Format& format, void* data, void* scales, const void* row, size_t hidden) {
+    const auto cast = format.block == 32 ? quantize_as<D, 32> : quantize_as<D, 128>;
+    cast(format, static_cast<char*>(data), static_cast<char*>(scales),
+         static_cast<const char*>(row), hidden);
+}
+
+void quantize(DType dtype,
+              const Fp8Format& format,
+              void* data,
+              void* scales,
+              const void* row,
+              size_t hidden) {
+    const auto cast = dtype == DType::kBFloat16  ? quantize_from<BFloat16>
+                      : dtype == DType::kFloat16 ? quantize_from<Float16>
+                                                 : quantize_from<Float32>;
+    cast(format, data, scales, row, hidden);
+}
+
+template <class D>
+void dequantize_to(const Fp8Format& format,
+                   void* out,
+                   const void* data,
+                   const void* scales,
+                   size_t scale_stride,
+                   size_t hidden) {
+    const auto cast = format.block == 32 ? dequantize_as<D, 32> : dequantize_as<D, 128>;
+    cast(format, static_cast<char*>(out), static_cast<const char*>(data),
+         static_cast<const char*>(scales), scale_stride, hidden);
+}
+
+void dequantize(DType dtype,
+                const Fp8Format& format,
+                void* out,
+                const void* data,
+                const void* scales,
+                size_t scale_stride,
+                size_t hidden) {
+    const auto cast = dtype == DType::kBFloat16  ? dequantize_to<BFloat16>
+                      : dtype == DType::kFloat16 ? dequantize_to<Float16>
+                                                 : dequantize_to<Float32>;
+    cast(format, out, data, scales, scale_stride, hidden);
+}
+
 }  // namespace
 
 #define EP_JOIN_(a, b) a##b
@@ -171,7 +217,7 @@ void reduce(DType dtype,
 #define EP_QUOTE(a) EP_QUOTE_(a)
 
 extern const RowKernels EP_JOIN(row_kernels_, EP_ISA);
-constinit const RowKernels EP_JOIN(row_kernels_, EP_ISA) = {EP_QUOTE(EP_ISA), copy, copy_streaming,
-                                                            reduce};
+constinit const RowKernels EP_JOIN(row_kernels_, EP_ISA) = {
+    EP_QUOTE(EP_ISA), copy, copy_streaming, reduce, quantize, dequantize};
 
 }  // namespace ep

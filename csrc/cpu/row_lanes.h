@@ -9,7 +9,9 @@
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's header, in undefined vectors
+// GCC 12's header, in undefined vectors.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -32,9 +34,11 @@ constexpr int kSmallBytes = 16;  // what every row is a multiple of
 template <int kBytes>
 struct Vectors {
     typedef uint32_t Word __attribute__((vector_size(kBytes)));
+    typedef int32_t Int __attribute__((vector_size(kBytes)));
     typedef float Float __attribute__((vector_size(kBytes)));
     typedef double Double __attribute__((vector_size(kBytes)));
     typedef uint64_t Long __attribute__((vector_size(kBytes)));
+    typedef uint16_t Half __attribute__((vector_size(kBytes / 2)));  // as many as Word has
 };
 template <int kBytes>
 using Word = typename Vectors<kBytes>::Word;
@@ -73,7 +77,19 @@ inline void store(char* p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
+/// kBytes / 4 elements of 2 bytes, one in each word.
+template <int kBytes>
+inline Word<kBytes> widen_words(const char* p) {
+    return __builtin_convertvector(load<typename Vectors<kBytes>::Half>(p), Word<kBytes>);
+}
+
+template <int kBytes>
+inline void store_halves(char* p, Word<kBytes> words) {
+    store<false>(p, __builtin_convertvector(words, typename Vectors<kBytes>::Half));
+}
+
 // Per dtype: Lanes<kBytes> holds the accumulators of kBytes of a row; read, add and pack them.
+// Casts to and from e4m3 read and write floats in the order of the row.
 
 template <int kBytes>
 struct FloatPair {
@@ -95,6 +111,16 @@ struct BFloat16 {
     template <int kBytes>
     static Word<kBytes> pack(const Lanes<kBytes>& sum) {
         return round<kBytes>(sum.a) >> 16 | (round<kBytes>(sum.b) & 0xffff0000u);
+    }
+
+    template <int kBytes>
+    static Float<kBytes> read_floats(const char* p) {
+        return (Float<kBytes>)(widen_words<kBytes>(p) << 16);
+    }
+
+    template <int kBytes>
+    static void write_floats(char* p, Float<kBytes> x) {
+        store_halves<kBytes>(p, round<kBytes>(x) >> 16);
     }
 
  private:
@@ -149,6 +175,22 @@ struct Float16 {
         return narrow<kBytes>(sum.a) | narrow<kBytes>(sum.b) << 16;
     }
 
+    template <int kBytes>
+    static Float<kBytes> read_floats(const char* p) {
+#if defined(__F16C__) && defined(__AVX512F__)
+        if constexpr (kBytes == 64) return (Float<kBytes>)_mm512_cvtph_ps(load<__m256i>(p));
+#endif
+#if defined(__F16C__)
+        if constexpr (kBytes == 32) return (Float<kBytes>)_mm256_cvtph_ps(load<__m128i>(p));
+#endif
+        return widen<kBytes>(widen_words<kBytes>(p));
+    }
+
+    template <int kBytes>
+    static void write_floats(char* p, Float<kBytes> x) {
+        store_halves<kBytes>(p, narrow<kBytes>(x));
+    }
+
  private:
     template <int kBytes>
     static Float<kBytes> quiet(Float<kBytes> x) {
@@ -194,6 +236,16 @@ struct Float32 {
     template <int kBytes>
     static Word<kBytes> pack(const Lanes<kBytes>& sum) {
         return sum == sum ? (Word<kBytes>)sum : Word<kBytes>{} + 0x7fc00000u;
+    }
+
+    template <int kBytes>
+    static Float<kBytes> read_floats(const char* p) {
+        return read<kBytes>(p);
+    }
+
+    template <int kBytes>
+    static void write_floats(char* p, Float<kBytes> x) {
+        store<false>(p, pack<kBytes>(x));
     }
 };
 

@@ -13,6 +13,21 @@ constexpr size_t item_size(DType dtype) {
     return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+/// As fp8.ScaleFormat in ep_megatron/fp8.py.
+enum class ScaleFormat : int { kFloat32, kUe8m0, kPackedUe8m0 };
+
+/// How a row becomes e4m3 numbers with a scale per block of columns; see Fp8Recipe in fp8.py.
+struct Fp8Format {
+    int block;  // 32 or 128 columns
+    ScaleFormat scales;
+    float min_amax;
+
+    size_t num_scales(size_t hidden) const { return hidden / static_cast<size_t>(block); }
+    size_t scale_bytes(size_t hidden) const {
+        return num_scales(hidden) * (scales == ScaleFormat::kPackedUe8m0 ? 1 : 4);
+    }
+};
+
 /// One build of the kernels. Sizes are multiples of 16 bytes; rows are read at any alignment, and
 /// `out` should be aligned to 16 bytes (to 64 for full speed), else streaming stores become plain.
 /// Nothing is checked here: that is the caller's job, once per call and not once per row.
@@ -51,6 +66,30 @@ struct RowKernels {
                    const void* bias_1,
                    size_t hidden,
                    bool streaming);
+
+    /// Cast one row to e4m3, reading it once; fp8.quantize in fp8.py defines every bit.
+    /// @param dtype   of `row`: not float64.
+    /// @param data    [hidden] bytes.
+    /// @param scales  [hidden / block] float32, or bytes where packed.
+    /// @param hidden  a multiple of the block.
+    void (*quantize)(DType dtype,
+                     const Fp8Format& format,
+                     void* data,
+                     void* scales,
+                     const void* row,
+                     size_t hidden);
+
+    /// Multiply a row of e4m3 numbers by their scales: one product in float32, rounded once. A NaN
+    /// becomes the positive quiet NaN without payload.
+    /// @param dtype         of `out`: not float64.
+    /// @param scale_stride  bytes from one 4-byte scale (packed: four scales) to the row's next.
+    void (*dequantize)(DType dtype,
+                       const Fp8Format& format,
+                       void* out,
+                       const void* data,
+                       const void* scales,
+                       size_t scale_stride,
+                       size_t hidden);
 };
 
 /// The fastest build that this CPU runs; chosen on the first call.

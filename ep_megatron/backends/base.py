@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 
 DTYPES = (
@@ -32,12 +33,16 @@ class Rows:
         scales: `[N, S]` of a 4-byte dtype, for rows quantised by the caller.
         topk_weights: `[N, K]` float32 or float64 (received expert-major rows: `[N]`).
         topk_idx: only on received rows: `[N, K]` local expert of each slot, or -1.
+        fp8: only on sent rows: how `x` is cast to e4m3 on its way, scales included.
+        widen_to: only on sent rows: dtype to which e4m3 rows are widened where they arrive.
     """
 
     x: Tensor
     scales: Tensor | None = None
     topk_weights: Tensor | None = None
     topk_idx: Tensor | None = None
+    fp8: Fp8Recipe | None = None
+    widen_to: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Call(NamedTuple):
     expand: int = 0
     expert_alignment: int = 0
     plan_id: int = 0
+    fp8: int = 0
 
     @staticmethod
     def of(operation: str, rows: Rows, routing: Routing | DispatchHandle) -> "Call":
@@ -82,6 +88,7 @@ class Call(NamedTuple):
             expand=int(routing.expand),
             expert_alignment=routing.expert_alignment,
             plan_id=cached.plan_id if cached else 0,
+            fp8=0 if rows.fp8 is None else rows.fp8.code,
         )
 
 
@@ -93,6 +100,7 @@ _DESCRIPTIONS = {
     "weights_dtype": "the dtype of topk_weights",
     "idx_dtype": "the dtype of topk_idx",
     "plan_id": "the handle (number of the dispatch that made it)",
+    "fp8": "the FP8 recipe",
 }
 
 
@@ -135,6 +143,8 @@ def _readable(name: str, value: int) -> str:
         return str(DTYPES[value]).removeprefix("torch.")
     if name == "expand":
         return str(bool(value))
+    if name == "fp8":
+        return str(Fp8Recipe.of_code(value)) if value else "none"
     return str(value)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ep_megatron import _cpu
 from ep_megatron.arguments import SUM_DTYPES, check_topk_range
 from ep_megatron.backends.base import Call, Routing, Rows
+from ep_megatron.backends.casting import as_asked, cast_rows
 from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan
 from ep_megatron.backends.meeting import Gathering, PartOfMeeting
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
@@ -69,20 +70,22 @@ class HierarchicalBackend:
         handle = plan.handle(self._num_calls, everyone)
         num_forwarded = plan.num_forwarded(everyone)
         inner_rows, forwarded_idx = self._cross(
-            operation, rows, plan.tokens_per_host, num_forwarded, plan
+            operation, cast_rows(rows), plan.tokens_per_host, num_forwarded, plan
         )
         forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
         hop = plan.hop(handle, everyone, forwarded_idx)
         received = self._spread(operation, inner_rows, hop, with_idx=True)
-        return received, replace(handle, hop=hop)
+        return as_asked(received, rows), replace(handle, hop=hop)
 
     def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
         """See `Backend.dispatch_again`."""
         operation = "cached dispatch"
         hop = self._hop_of(operation, handle)
         self._agree(operation, Call.of(operation, rows, handle))
-        inner_rows, _ = self._cross(operation, rows, hop.tokens_per_host, hop.num_forwarded)
-        return self._spread(operation, inner_rows, hop, with_idx=False)
+        inner_rows, _ = self._cross(
+            operation, cast_rows(rows), hop.tokens_per_host, hop.num_forwarded
+        )
+        return as_asked(self._spread(operation, inner_rows, hop, with_idx=False), rows)
 
     def combine(
         self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
@@ -196,7 +199,7 @@ class HierarchicalBackend:
             weights = torch.cat([rows.topk_weights, columns.pop(0)])
         if rows.scales is not None:
             scales = torch.cat([rows.scales, columns.pop(0)])
-        return Rows(inner_x, scales, weights), idx
+        return Rows(inner_x, scales, weights, widen_to=rows.widen_to), idx
 
     def _return(
         self, rows: Rows, hop: HostHop, handle: DispatchHandle

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Call, Routing, Rows
+from ep_megatron.backends.casting import as_asked, cast_rows
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.layout import (
@@ -209,10 +210,11 @@ class ProcessGroupBackend:
     def _deliver(
         self, rows: Rows, handle: DispatchHandle, local_idx: Tensor | None, weights: Tensor | None
     ) -> Rows:
-        x = self._send(rows.x, handle)
-        scales = None if rows.scales is None else self._send(rows.scales, handle)
+        cast = cast_rows(rows)
+        x = self._send(cast.x, handle)
+        scales = None if cast.scales is None else self._send(cast.scales, handle)
         if not handle.expand:
-            return Rows(x, scales, weights, local_idx)
+            return as_asked(Rows(x, scales, weights, local_idx), rows)
         assert handle.recv_row is not None
         source, slot = (handle.recv_row >= 0).nonzero(as_tuple=True)
         target = handle.recv_row[source, slot]
@@ -226,7 +228,8 @@ class ProcessGroupBackend:
         if weights is not None:
             expanded_weights = weights.new_zeros(handle.num_recv_rows)
             expanded_weights[target] = weights[source, slot]
-        return Rows(expand(x), None if scales is None else expand(scales), expanded_weights)
+        scales = None if scales is None else expand(scales)
+        return as_asked(Rows(expand(x), scales, expanded_weights), rows)
 
     @staticmethod
     def _reduce_rows(x: Tensor, handle: DispatchHandle, sum_dtype: torch.dtype) -> Tensor:

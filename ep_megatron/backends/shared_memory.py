@@ -5,6 +5,7 @@ views of the arena while it has room. The protocol is in docs/design.md, its fla
 csrc/cpu/control.h.
 """
 
+import functools
 import math
 import os
 import secrets
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ep_megatron import _cpu
+from ep_megatron import _cpu, casts, fp8
 from ep_megatron.arguments import SUM_DTYPES
 from ep_megatron.backends.base import (
     OPERATIONS,
@@ -26,6 +27,7 @@ from ep_megatron.backends.base import (
 )
 from ep_megatron.backends.meeting import Gathering
 from ep_megatron.config import MIB, BufferConfig
+from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
@@ -212,6 +214,14 @@ class SharedMemoryBackend:
         expand, num_topk = bool(call.expand), call.num_topk
         # Expert ids travel by rank; expert-major rows say by their place whose they are.
         with_idx = with_idx and not expand and topk_idx is not None
+        x_bytes = x.shape[1] * x.element_size()
+        scale_bytes = 0 if scales is None else scales.shape[1] * scales.element_size()
+        cast = None
+        if rows.fp8 is not None:
+            x_bytes, scale_bytes = x.shape[1], 4 * rows.fp8.num_scales(x.shape[1])
+            by_column = rows.fp8.layout == "column_major"
+            name = casts.dtype_name(x.dtype)
+            cast = (name, x.shape[1], casts.format_of(rows.fp8), by_column)
         self._num_calls += 1
         result = self._exchange.dispatch(
             call,
@@ -220,33 +230,63 @@ class SharedMemoryBackend:
             (num_tokens, num_topk, call.num_experts, expand, call.expert_alignment),
             (x.data_ptr(), _address(scales), _address(weights)),
             (
-                x.shape[1] * x.element_size(),
-                0 if scales is None else scales.shape[1] * scales.element_size(),
+                x_bytes,
+                scale_bytes,
                 0 if weights is None else weights.element_size(),
                 topk_idx.element_size() if with_idx and topk_idx is not None else 0,
             ),
             routes.data_ptr(),
             None if handle is None else handle.num_rows_per_rank,
             None if handle is None else handle.num_valid_tokens_per_expert,
+            cast,
         )
         if not result.is_agreed:
             self._raise_disagreement(operation)
-        num_rows = result.num_rows_per_rank[self.rank]
+        return result, self._received(result, rows, call, topk_idx if with_idx else None)
 
-        def view(offset: int, like: Tensor, *shape: int) -> Tensor:
+    def _received(
+        self, result: _cpu.Dispatched, sent: Rows, call: Call, topk_idx: Tensor | None
+    ) -> Rows:
+        """Look at what arrived; as copies where views hold too much already, or widened."""
+        num_rows, hidden = result.num_rows_per_rank[self.rank], call.hidden
+        is_widened = sent.widen_to is not None
+
+        def view_of(must_copy: bool, offset: int, like: Tensor, *shape: int) -> Tensor:
             part = _view(result.block, offset, like, *shape)
-            return part.clone() if result.must_copy else part
+            return part.clone() if must_copy else part
 
-        columns = () if expand else (num_topk,)
-        received = Rows(
-            view(0, x, num_rows, x.shape[1]),
-            None if scales is None else view(result.scales_at, scales, num_rows, scales.shape[1]),
-            None if weights is None else view(result.weights_at, weights, num_rows, *columns),
-            view(result.idx_at, topk_idx, num_rows, num_topk)
-            if topk_idx is not None and with_idx
-            else None,
+        # Once widened, the FP8 rows are of no more use: what came with them must not hold them.
+        view = functools.partial(view_of, result.must_copy or is_widened)
+        weights, columns = sent.topk_weights, () if call.expand else (call.num_topk,)
+        if weights is not None:
+            weights = view(result.weights_at, weights, num_rows, *columns)
+        if topk_idx is not None:
+            topk_idx = view(result.idx_at, topk_idx, num_rows, call.num_topk)
+        view = functools.partial(view_of, result.must_copy and not is_widened)
+        if sent.fp8 is None:
+            x, scales = view(0, sent.x, num_rows, hidden), sent.scales
+            if scales is not None:
+                scales = view(result.scales_at, scales, num_rows, scales.shape[1])
+        else:
+            x = view(0, torch.empty(0, dtype=torch.float8_e4m3fn), num_rows, hidden)
+            scales = _view_scales(view, result.scales_at, sent.fp8, num_rows, hidden)
+        if sent.widen_to is not None:
+            assert scales is not None  # checked with the arguments
+            x, scales = self._widen(x, scales, sent.widen_to), None
+        return Rows(x, scales, weights, topk_idx)
+
+    def _widen(self, x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        out = self.new_rows(len(x), torch.empty(0, x.shape[1], dtype=dtype))
+        self._exchange.widen(
+            casts.dtype_name(dtype),
+            casts.format_like("dispatch", x, scales),
+            out.data_ptr(),
+            x.data_ptr(),
+            scales.data_ptr(),
+            casts.scale_strides(scales),
+            *x.shape,
         )
-        return result, received
+        return out
 
     def _raise_disagreement(self, operation: str) -> None:
         reports = self._exchange.reports()
@@ -268,6 +308,16 @@ def _view(block: _cpu.Block, offset: int, like: Tensor, *shape: int) -> Tensor:
     if count == 0:
         return like.new_empty(shape)
     return torch.frombuffer(block, dtype=like.dtype, count=count, offset=offset).view(shape)
+
+
+def _view_scales(
+    view: Callable[..., Tensor], offset: int, recipe: Fp8Recipe, num_rows: int, hidden: int
+) -> Tensor:
+    like = torch.empty(0, dtype=recipe.scale_dtype)
+    num_scales = recipe.num_scales(hidden)
+    if recipe.layout == "row_major":
+        return view(offset, like, num_rows, num_scales)
+    return view(offset, like, num_scales, fp8.column_rows(num_rows)).T[:num_rows]
 
 
 def _address(tensor: Tensor | None) -> int:
