@@ -28,7 +28,9 @@ def _start(rank: int, backend: str, store: str, pipe: Connection, role: Callable
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=30), 3, rank)
     assert dist.group.WORLD is not None
-    buffer = Buffer(dist.group.WORLD, config=BufferConfig(backend=backend, timeout=TIMEOUT))
+    host_id = "A" if rank == 0 else "B"  # for a backend that asks
+    config = BufferConfig(backend=backend, timeout=TIMEOUT, host_id=host_id)
+    buffer = Buffer(dist.group.WORLD, config=config)
     send(buffer, CASE, rank, True, torch.float32)
     pipe.send("ready")
     pipe.recv()

@@ -106,11 +106,13 @@ def assert_same_bits(ours: object, theirs: object) -> None:
         assert torch.equal(bits(ours), bits(theirs))
 
 
-def check_bits(rank: int, layout: str, case: Case, dtype: torch.dtype) -> None:
+def check_bits(
+    rank: int, layout: str, case: Case, dtype: torch.dtype, buffer: Buffer | None = None
+) -> None:
     """Handles and rows are the process group's, sums the stated ones."""
     reference = buffer_of("process_group")
+    buffer = buffer or buffer_on(layout)
     for expand in (False, True):
-        buffer = buffer_on(layout)
         ours = send(buffer, case, rank, expand, dtype)
         theirs = send(reference, case, rank, expand, dtype)
         assert_same_bits(ours[:3], theirs[:3])
@@ -123,24 +125,22 @@ def check_bits(rank: int, layout: str, case: Case, dtype: torch.dtype) -> None:
             again = buffer.dispatch(sent, ours[3], topk_weights=weights)
             expected = reference.dispatch(sent, theirs[3], topk_weights=weights)
             assert_same_bits((again[0], again[2]), (expected[0], expected[2]))
-        check_sums(rank, layout, ours[3], case, dtype)
+        check_sums(layout, buffer, ours[3], case.x(rank, dtype))
 
 
-def check_sums(
-    rank: int, layout: str, handle: DispatchHandle, case: Case, dtype: torch.dtype
-) -> None:
-    rng = torch.Generator().manual_seed(rank)
-    shape = (handle.num_recv_rows, case.hidden)
-    y = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+def check_sums(layout: str, buffer: Buffer, handle: DispatchHandle, x: Tensor) -> None:
+    rng = torch.Generator().manual_seed(handle.rank)
+    shape = (handle.num_recv_rows, x.shape[1])
+    y = torch.randn(shape, generator=rng, dtype=torch.float64).to(x.dtype)
     y.view(-1)[::7] = -0.0
-    columns = shape[:1] if handle.expand else (shape[0], case.num_topk)
+    columns = shape[:1] if handle.expand else (shape[0], handle.num_topk)
     weights = torch.randn(columns, generator=rng)
-    biases = [case.x(rank, dtype) + 1, case.x(rank, dtype) * 3]
+    biases = [x + 1, x * 3]
     for bias in ([], biases[:1], biases):
-        out, out_weights, _ = buffer_on(layout).combine(
+        out, out_weights, _ = buffer.combine(
             y, handle, topk_weights=weights, bias=tuple(bias) or None
         )
-        assert_same_bits(out, expected_sum(layout, handle, y, bias, dtype))
+        assert_same_bits(out, expected_sum(layout, handle, y, bias, y.dtype))
         assert_same_bits(out_weights, expected_weights(layout, handle, weights))
 
 

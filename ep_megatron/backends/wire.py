@@ -186,11 +186,16 @@ class Wire:
                     work.wait(timedelta(seconds=left))
                 except RuntimeError as error:
                     late[transfer.peer] = str(error)
+                    if time.monotonic() < deadline:
+                        return  # a connection broke; a wait cut short would break the others too
                     continue
                 if is_receive and transfer.kind == Message.STATUS:
                     status, reason = _unpack_status(transfer.tensor)
-                    if status != Status.FINE:
-                        (late if status == Status.BROKEN else refusals)[transfer.peer] = reason
+                    if status == Status.BROKEN:
+                        late[transfer.peer] = reason
+                        return
+                    if status == Status.REFUSED:
+                        refusals[transfer.peer] = reason
 
         if works:
             self._waiter.run(wait)

@@ -1,0 +1,174 @@
+"""Two hosts on one machine: network namespaces joined by a link that may be slowed down.
+
+Each has a network, a host name, System V and POSIX shared memory and a `/dev/shm` of its own, so
+that programs find out by themselves that they are on different hosts. Needs the right to make
+namespaces (CAP_SYS_ADMIN, CAP_NET_ADMIN) and iproute2.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_NETWORK = "10.77.0.{0}"  # private addresses; inside the namespaces nothing else has any
+_BURST, _QUEUE = "128kb", "8mb"  # of the shaped link: what passes unshaped, and what may wait
+
+# Runs "$@" once per rank, in the host that the first arguments describe.
+_HOST_SCRIPT = """
+mount -t tmpfs -o size=50% ep_shm /dev/shm && hostname "$1" || exit 97
+first=$2; last=$3; shift 3; pids=
+for rank in $(seq $first $last); do
+    RANK=$rank LOCAL_RANK=$((rank - first)) "$@" &
+    pids="$pids $!"
+done
+code=0
+for pid in $pids; do wait $pid || code=$?; done
+exit $code
+"""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of the two; `interface` is its end of the link."""
+
+    name: str
+    interface: str
+    address: str
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return a command that runs `arguments` in this host's network."""
+        return ["ip", "netns", "exec", self.name, *arguments]
+
+
+class HostsUnavailableError(RuntimeError):
+    """This process may not make hosts here, or lacks what it takes."""
+
+
+@contextmanager
+def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
+    """Set two hosts up, and remove them at the end, whatever happens in between.
+
+    Args:
+        rate: of the link, each direction for itself, as `tc` spells it (`"1gbit"`); None leaves it
+            as fast as the kernel copies.
+
+    Raises:
+        HostsUnavailableError: with the reason.
+    """
+    for tool in ("ip", "tc", "unshare"):
+        if shutil.which(tool) is None:
+            raise HostsUnavailableError(f"two_hosts: expected {tool} to be installed, got none")
+    number = os.getpid()
+    # An interface's name has at most 15 characters.
+    hosts = tuple(
+        Host(f"ep{number}{letter}", f"ep{number}{letter}", _NETWORK.format(last))
+        for letter, last in (("a", 1), ("b", 2))
+    )
+    a, b = hosts
+    try:
+        for host in hosts:
+            _run("ip", "netns", "add", host.name)
+        _run(
+            *("ip", "link", "add", a.interface, "netns", a.name, "type", "veth"),
+            *("peer", "name", b.interface, "netns", b.name),
+        )
+        for host in hosts:
+            _set_up(host, hosts, rate)
+        yield a, b
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
+            shutil.rmtree(Path("/etc/netns", host.name), ignore_errors=True)
+
+
+def run_ranks(
+    hosts: Sequence[Host],
+    ranks_per_host: Sequence[int],
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    timeout: float,
+) -> list[str]:
+    """Run `python *arguments` as that many ranks on each host, as torchrun would start them.
+
+    Returns:
+        Each host's output.
+
+    Raises:
+        RuntimeError: with the output, if a rank failed or they took longer than `timeout` seconds.
+    """
+    running, first = [], 0
+    for host, num_ranks in zip(hosts, ranks_per_host, strict=True):
+        command = host.command(
+            [
+                *("unshare", "--uts", "--ipc", "--mount", "sh", "-c", _HOST_SCRIPT, "sh"),
+                *(host.name, str(first), str(first + num_ranks - 1), sys.executable, *arguments),
+            ]
+        )
+        ours = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(sum(ranks_per_host)),
+            "MASTER_ADDR": hosts[0].address,
+            "MASTER_PORT": "29500",  # a namespace has all ports to itself
+            "GLOO_SOCKET_IFNAME": host.interface,
+            **environment,
+        }
+        first += num_ranks
+        running.append(
+            subprocess.Popen(
+                command,
+                env=ours,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    outputs, is_late = [], False
+    try:
+        for process in running:
+            outputs.append(process.communicate(timeout=timeout)[0])
+    except subprocess.TimeoutExpired:
+        is_late = True
+    finally:
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                outputs.append(process.communicate()[0])
+    if is_late or any(process.returncode for process in running):
+        what = f"they took longer than {timeout:g} s" if is_late else "a rank failed"
+        raise RuntimeError(
+            "two_hosts: expected all ranks to succeed, got: " + "\n".join([what, *outputs])
+        )
+    return outputs
+
+
+def num_bytes_sent(interface: str) -> int:
+    """Return how many bytes have left by `interface`, headers included; from inside its host."""
+    return int(Path("/sys/class/net", interface, "statistics/tx_bytes").read_text())
+
+
+def _set_up(host: Host, hosts: Sequence[Host], rate: str | None) -> None:
+    _run("ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
+    _run("ip", "-n", host.name, "link", "set", "lo", "up")
+    _run("ip", "-n", host.name, "link", "set", host.interface, "up")
+    if rate is not None:
+        tbf = ("tbf", "rate", rate, "burst", _BURST, "limit", _QUEUE)
+        _run(*host.command(["tc", "qdisc", "add", "dev", host.interface, "root", *tbf]))
+    # What a process in the namespace finds as /etc/hosts.
+    names = Path("/etc/netns", host.name, "hosts")
+    names.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["127.0.0.1 localhost", *(f"{other.address} {other.name}" for other in hosts)]
+    names.write_text("\n".join(lines) + "\n")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HostsUnavailableError(
+            f"two_hosts: expected `{' '.join(command)}` to succeed, got {done.stderr.strip()}"
+        )
