@@ -128,6 +128,10 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     from_trace: Annotated[
         list[Path] | None, typer.Option(help="Traces of a measured run; simulate that run.")
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Simulate this measured run with the node times of --from-trace."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of the timelines.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the best one's picture.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write its Perfetto trace.")] = None,
@@ -148,7 +152,7 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     console = Console()
     try:
         if from_trace:
-            simulation, measured = command.compare_with_trace(from_trace, console)
+            simulation, measured = command.compare_with_trace(from_trace, against or [], console)
             timelines = [(measured, None), (simulation.timeline, simulation)]
             written = command.write_files(timelines, html, svg, trace)
         else:

@@ -211,6 +211,13 @@ def test_the_command_lays_a_measured_run_over_its_simulation(tmp_path: Path) -> 
     (step,) = [line for line in output.splitlines() if line.startswith("│ step ")]
     assert step.split("│")[4].strip() == "1.000"
     assert page.read_text().count("<svg") == 2
+    other = tmp_path / "other.json"  # the same stages in another order
+    code, output = run_cli("--schedule", "1f1b", *common, "--trace", str(other))
+    assert code == 0, output
+    code, output = run_cli("--from-trace", str(run), "--against", str(other))
+    assert code == 0, output
+    (step,) = [line for line in output.splitlines() if line.startswith("│ step ")]
+    assert step.split("│")[4].strip() == "1.000"
 
 
 @pytest.mark.parametrize(

@@ -215,18 +215,11 @@ def test_time_scales_and_slower_parts_never_help(
     step = simulate(schedule, costs, options).step_time
 
     def scaled(stage: StageCosts) -> StageCosts:
-        segments = tuple(
-            tuple(
-                Piece(p.name, p.layer, p.forward * scale, p.inputs * scale, p.weights * scale)
-                for p in segment
-            )
-            for segment in stage.segments
-        )
         exchanges = tuple(
             Exchange(x.name, x.layer, x.forward * scale, x.backward * scale)
             for x in stage.exchanges
         )
-        return StageCosts(segments, exchanges)
+        return replace(_times(stage, scale), exchanges=exchanges)
 
     larger = Costs(tuple(map(scaled, costs.stages)), p2p * scale)
     assert simulate(schedule, larger, options).step_time == pytest.approx(scale * step)
@@ -329,6 +322,44 @@ def test_a_run_is_simulated_from_its_trace(name: str, tmp_path: Path) -> None:
         again = simulate(found.schedule, found.costs, found.options)
         assert again.step_time == pytest.approx(run.step_time)
         assert again.exposed == pytest.approx(run.exposed)
+
+
+def test_a_run_with_overlap_is_foretold_from_one_without() -> None:
+    """Hosts see an exchange's end when they ask; what they were not seen to wait for is a bound."""
+    schedule = small("dualpipev", 2)
+    costs = moe_costs(schedule, 2, 100.0, p2p=50.0)
+    costs = replace(costs, stages=tuple(_times(stage, 100.0) for stage in costs.stages))
+    blocking, woven = Options(blocking=True), Options(host_runs_ahead=False)
+    runs = [simulate(schedule, costs, options) for options in (blocking, woven)]
+    found = []
+    for run, options in zip(runs, (blocking, woven), strict=True):
+        spans = list(run.timeline.spans)
+        for index, span in enumerate(spans):
+            computing = [
+                other.end
+                for other in run.timeline.of_rank(span.rank)
+                if other.lane == "compute" and other.start < span.end < other.end
+            ]
+            if span.lane == "comm" and computing:
+                spans[index] = replace(span, end=computing[0])
+        about = dict(run.timeline.description) | {"options": asdict(options)}
+        found.append(calibrate(replace(run.timeline, spans=tuple(spans), description=about)))
+    for source in found:
+        again = simulate(schedule, source.costs, found[1].options)
+        assert again.step_time == pytest.approx(runs[1].step_time)
+
+
+def _times(stage: StageCosts, factor: float) -> StageCosts:
+    segments = tuple(
+        tuple(
+            replace(
+                p, forward=p.forward * factor, inputs=p.inputs * factor, weights=p.weights * factor
+            )
+            for p in segment
+        )
+        for segment in stage.segments
+    )
+    return replace(stage, segments=segments)
 
 
 def test_a_mirrored_run_is_understood() -> None:

@@ -6,9 +6,13 @@ from statistics import median
 
 from ep_megatron.pipeline.action import Schedule
 from ep_megatron.pipeline.costs import Costs, Exchange, Piece, StageCosts
+from ep_megatron.pipeline.measures import union, without
 from ep_megatron.pipeline.program import Options
 from ep_megatron.pipeline.schedule import make_schedule
 from ep_megatron.pipeline.trace import Span, Timeline
+
+_WAIT = 50.0
+"""Microseconds: a rank that was seen to wait for less may not have waited at all."""
 
 _Node = tuple[str, int | None]
 """Name and layer."""
@@ -26,10 +30,13 @@ class Measured:
 def calibrate(timeline: Timeline) -> Measured:
     """Read schedule, options and node times from a measured run.
 
-    A node takes the median over the run's micro-batches of its chunk on its rank. An exchange's
-    time contains the wait for peers, since a trace cannot tell it apart. A message takes what the
-    quickest took: slower ones waited for their receiver. Compute spans of kind B count as inputs'
-    half; the weights' half then takes no time of its own.
+    A node takes the median over the run's micro-batches of its chunk on its rank. Of exchanges
+    those count that the rank was seen to wait for: a host that computes learns only when it asks
+    that an exchange has ended, so the others took at most what was seen, and the shortest stands
+    for them where the rank waited for none. An exchange's time contains the wait for peers, since a
+    trace cannot tell it apart. A message takes what the quickest took: slower ones waited for their
+    receiver. Compute spans of kind B count as inputs' half; where a run has no spans of kind W, the
+    weights' half is in it.
 
     Args:
         timeline: with `schedule`, `num_microbatches` and `num_chunks` in its description, and
@@ -47,7 +54,11 @@ def calibrate(timeline: Timeline) -> Measured:
             for span in timeline.spans
             if (span.rank, span.chunk) in places and span.lane != "p2p"
         ]
-        stages.append(_stage(stage, spans))
+        computing = {
+            rank: union(s for s in timeline.of_rank(rank) if s.lane == "compute")
+            for rank, _ in places
+        }
+        stages.append(_stage(stage, spans, computing))
     flights = [span.end - span.start for span in timeline.spans if span.lane == "p2p"]
     given = timeline.description.get("options", {})
     try:
@@ -72,10 +83,21 @@ def _schedule(timeline: Timeline) -> Schedule:
     return schedule.mirrored() if about.get("mirrored") else schedule
 
 
-def _stage(stage: int, spans: list[Span]) -> StageCosts:
+def _stage(
+    stage: int, spans: list[Span], computing: dict[int, list[tuple[float, float]]]
+) -> StageCosts:
     times: dict[tuple[_Node, str], list[float]] = defaultdict(list)
+    bounds: dict[tuple[_Node, str], float] = {}
     for span in spans:
-        times[(span.name, span.layer), span.kind].append(span.end - span.start)
+        key, duration = ((span.name, span.layer), span.kind), span.end - span.start
+        if span.lane == "comm":
+            bounds[key] = min(duration, bounds.get(key, duration))
+            alone = without([(span.start, span.end)], computing[span.rank])
+            if not alone or alone[-1][1] < span.end or alone[-1][1] - alone[-1][0] < _WAIT:
+                continue
+        times[key].append(duration)
+    for key, bound in bounds.items():
+        times[key] = times[key] or [bound]
     forwards = [span for span in spans if span.kind == "F"]
     if not forwards:
         raise ValueError(

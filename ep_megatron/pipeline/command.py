@@ -97,16 +97,25 @@ def print_ranks(simulation: Simulation, console: Console) -> None:
     console.print(table)
 
 
-def compare_with_trace(paths: Sequence[Path], console: Console) -> tuple[Simulation, Timeline]:
-    """Simulate a measured run from its own node times and print both side by side.
+def compare_with_trace(
+    paths: Sequence[Path], against: Sequence[Path], console: Console
+) -> tuple[Simulation, Timeline]:
+    """Simulate a measured run and print both side by side.
+
+    Args:
+        paths: the trace that node times are taken from.
+        against: the trace that says what is simulated, and is compared; the same one when empty.
+            It may be of another schedule with the same stages, or of a run with more overlap.
+        console: where the table goes.
 
     Raises:
         ValueError: when a file is no trace of ours, or does not say what was run.
         OSError: when a file cannot be read.
     """
-    measured = read_trace(paths)
-    found = calibrate(measured)
-    simulation = simulate(found.schedule, found.costs, found.options, "simulated")
+    source = calibrate(read_trace(paths))
+    measured = read_trace(against or paths)
+    found = calibrate(measured) if against else source
+    simulation = simulate(found.schedule, source.costs, found.options, "simulated")
     table = Table("", title=measured.title)
     for column in ("measured", "simulated", "ratio"):
         table.add_column(column, justify="right")

@@ -17,7 +17,8 @@ LANES = ("compute", "comm", "p2p")
 """What a rank does at the same time: compute, dispatch and combine, messages between stages."""
 
 KINDS = ("F", "B", "I", "W")
-"""A span's share of an action. A pair's spans carry F or B (I and W where they are apart)."""
+"""A span's share of an action: F forward, I backward of inputs whose weights' half is a span of
+its own (W), B backward in one. Exchanges and messages have F or B."""
 
 VERSION = 1
 
