@@ -164,7 +164,7 @@ def _legend(timeline: Timeline, has_strip: bool) -> list[str]:
             )
         x += 24 if dark and 1 in chunks else 14
         parts.append(f'<text x="{x}" y="31">{word}</text>')
-        x += 7 * len(word) + 16
+        x += round(6.4 * len(word)) + 16
     if has_pair:
         parts.append(
             f'<rect class="p" x="{x}" y="22" width="10" height="10"/>'
