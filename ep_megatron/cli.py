@@ -172,12 +172,7 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
                 _numbers("--communication-sms", communication_sms) if communication_sms else [None],
             )
             outcomes = by_merit([run_case(c, known, options, imbalance) for c in asked], limit)
-            found = [o.simulation for o in outcomes if o.simulation is not None]
-            if not found:
-                raise ValueError(outcomes[0].reason)
-            command.print_outcomes(outcomes, console, limit)
-            if len(found) == 1:
-                command.print_ranks(found[0], console)
+            found = command.print_plan(outcomes, console, limit)
             written = command.write_files([(f.timeline, f) for f in found], html, svg, trace)
             if json_file is not None:
                 json_file.write_text(command.as_json(outcomes))

@@ -20,6 +20,23 @@ from ep_megatron.pipeline.trace import Timeline, read_trace, write_trace
 GIB = 2.0**30
 
 
+def print_plan(
+    outcomes: Sequence[Outcome], console: Console, memory_limit: float | None = None
+) -> list[Simulation]:
+    """Print what cases come to, by rank where there is one case; return the simulations.
+
+    Raises:
+        ValueError: when no case can be; says why the first one cannot.
+    """
+    found = [outcome.simulation for outcome in outcomes if outcome.simulation is not None]
+    if not found:
+        raise ValueError(outcomes[0].reason)
+    print_outcomes(outcomes, console, memory_limit)
+    if len(found) == 1:
+        print_ranks(found[0], console)
+    return found
+
+
 def print_outcomes(
     outcomes: Sequence[Outcome], console: Console, memory_limit: float | None = None
 ) -> None:
