@@ -64,7 +64,10 @@ def model_parallel(layout: Layout) -> Iterator[None]:
 
 def make_config(case: Case, layout: Layout) -> Any:
     """TransformerConfig of the tiny model: two MoE layers of 8 experts, top-2, SwiGLU, RMSNorm."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
     fields: dict[str, Any] = {
         "num_layers": 2,
@@ -96,7 +99,8 @@ def make_config(case: Case, layout: Layout) -> Any:
         "pipeline_dtype": case.dtype,
         "bf16": case.dtype == torch.bfloat16,
     }
-    return TransformerConfig(**fields | case.options)
+    is_mla = case.options.get("multi_latent_attention", False)
+    return (MLATransformerConfig if is_mla else TransformerConfig)(**fields | case.options)
 
 
 def moe_layer_spec(config: Any) -> Any:

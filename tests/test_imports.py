@@ -15,9 +15,12 @@ FLOORS = [
     {"backends.hierarchical"},
     {"backends"},
     {"buffer"},
-    {"autograd"},
+    {"autograd", "pipeline.exchange"},
     {"experts"},
     {"megatron"},
+    {"pipeline.layer"},
+    {"pipeline.duties"},
+    {"pipeline.forward_backward"},
     {"train"},
     {"bench"},
     {"cli"},
@@ -32,8 +35,17 @@ SCHEDULE_FLOORS = [
     {"pipeline.plan"},
     {"pipeline.command"},
 ]
-for _floor, _rooms in zip(FLOORS, SCHEDULE_FLOORS, strict=False):
-    _floor |= _rooms
+# Those that run schedules, as far as they know nothing of a Buffer.
+RUNTIME_FLOORS = [
+    {"pipeline.weight_grad", "pipeline.recompute", "pipeline.p2p"},
+    {"pipeline.observer"},
+    {"pipeline.nodes"},
+    {"pipeline.placement", "pipeline.runtime"},
+    {"pipeline.copies"},
+]
+for _other_floors in (SCHEDULE_FLOORS, RUNTIME_FLOORS):
+    for _floor, _rooms in zip(FLOORS, _other_floors, strict=False):
+        _floor |= _rooms
 # Inside these one room may use another of the same floor, as long as nothing goes in circles.
 WINGS = {"megatron", "train", "bench"}
 

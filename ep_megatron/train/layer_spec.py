@@ -82,13 +82,19 @@ def uses_transformer_engine(transformer_impl: str | None) -> bool:
     return installed and transformer_impl != "local"
 
 
-def build_layer_specs(config: Any, transformer_impl: str | None, vp_stage: int | None) -> Any:
+def build_layer_specs(
+    config: Any,
+    transformer_impl: str | None,
+    vp_stage: int | None,
+    pp_rank: int | None = None,
+) -> Any:
     """Return the block spec of this pipeline stage, and that of its MTP layers or None.
 
     Args:
         config: Megatron's TransformerConfig.
         transformer_impl: the config key of that name.
         vp_stage: the model chunk of an interleaved pipeline, else None.
+        pp_rank: pipeline rank that the chunk is built as; None is this process's.
     """
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
@@ -98,7 +104,11 @@ def build_layer_specs(config: Any, transformer_impl: str | None, vp_stage: int |
 
     engine = uses_transformer_engine(transformer_impl)
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=engine, normalization=config.normalization, vp_stage=vp_stage
+        config,
+        use_transformer_engine=engine,
+        normalization=config.normalization,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
     )
     if not engine:
         for layer in block.layer_specs:
