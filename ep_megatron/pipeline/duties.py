@@ -20,7 +20,7 @@ from ep_megatron.pipeline.action import Schedule
 from ep_megatron.pipeline.copies import reduce_copies, report_of_both_ends
 from ep_megatron.pipeline.nodes import Pass
 from ep_megatron.pipeline.observer import Recorder, Silent
-from ep_megatron.pipeline.placement import has_joined_ends, tied_pairs
+from ep_megatron.pipeline.placement import GroupOfOne, has_joined_ends, tied_pairs
 from ep_megatron.pipeline.weight_grad import split_linears
 
 
@@ -291,7 +291,7 @@ class Step:
         if has_joined_ends(self._schedule):
             # Embedding and head are on one rank, where they have just been summed.
             groups = copy.copy(groups)
-            groups.embd = groups.pos_embd = None
+            groups.embd = groups.pos_embd = GroupOfOne()
         config.finalize_model_grads_func(
             self.request.models,
             self._num_tokens if config.calculate_per_token_loss else None,

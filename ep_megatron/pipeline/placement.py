@@ -40,6 +40,18 @@ class MirroredGroup:
         return self.group.size()
 
 
+class GroupOfOne:
+    """A group with this rank alone, over which Megatron finds nothing to reduce."""
+
+    def rank(self) -> int:
+        """Return 0."""
+        return 0
+
+    def size(self) -> int:
+        """Return 1."""
+        return 1
+
+
 @dataclass(frozen=True)
 class ChunkPlacement:
     """What to build one chunk with, by the names of GPTModel's arguments.
