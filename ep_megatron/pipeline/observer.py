@@ -55,7 +55,7 @@ class Recorder:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.step: int | None = None
+        self.step = 0
         """Index of the action under way in the rank's schedule."""
         self.spans: list[Span] = []
         self._start = time.time_ns() / 1e3 - time.perf_counter() * 1e6
