@@ -1,6 +1,6 @@
 """The simulator: against published formulas, figures and a trace, and against itself."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_megatron.pipeline.calibrate import calibrate
+from ep_megatron.pipeline.calibrate import calibrate, describe, name_halves
 from ep_megatron.pipeline.costs import (
     Costs,
     Exchange,
@@ -153,7 +153,7 @@ def test_a_pair_runs_in_deepseeks_order() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("mode", ["pairs", "lone", "blocking", "in step", "late"])
+@pytest.mark.parametrize("mode", ["pairs", "lone", "blocking", "in step", "late", "whole"])
 def test_all_work_is_done_and_nothing_at_the_same_time(name: str, mode: str) -> None:
     options = {
         "pairs": Options(),
@@ -161,6 +161,7 @@ def test_all_work_is_done_and_nothing_at_the_same_time(name: str, mode: str) -> 
         "blocking": Options(blocking=True),
         "in step": Options(host_runs_ahead=False),
         "late": Options(host_runs_ahead=False, launch_early=False),
+        "whole": Options(whole_actions=True),
     }[mode]
     schedule = small(name)
     result = simulate(schedule, moe_costs(schedule, 2, p2p=2.0), options)
@@ -313,9 +314,9 @@ def test_intervals_are_sets_of_times(pairs: list[tuple[int, int]], data: st.Data
 def test_a_run_is_simulated_from_its_trace(name: str, tmp_path: Path) -> None:
     """The trace of a run whose node times are known gives its step time back."""
     schedule = small(name, 2)
-    for options in (Options(), Options(blocking=True), Options(host_runs_ahead=False)):
+    for options in (Options(), Options(blocking=True), Options(whole_actions=True)):
         run = simulate(schedule, moe_costs(schedule, 2, p2p=1.5), options)
-        about = dict(run.timeline.description) | {"options": asdict(options), "measured": True}
+        about = describe(schedule, options) | {"measured": True}
         write_trace(replace(run.timeline, description=about), tmp_path / "run.json")
         found = calibrate(read_trace(tmp_path / "run.json"))
         assert found.schedule == schedule
@@ -342,7 +343,7 @@ def test_a_run_with_overlap_is_foretold_from_one_without() -> None:
             ]
             if span.lane == "comm" and computing:
                 spans[index] = replace(span, end=computing[0])
-        about = dict(run.timeline.description) | {"options": asdict(options)}
+        about = describe(schedule, options)
         found.append(calibrate(replace(run.timeline, spans=tuple(spans), description=about)))
     for source in found:
         again = simulate(schedule, source.costs, found[1].options)
@@ -365,10 +366,32 @@ def _times(stage: StageCosts, factor: float) -> StageCosts:
 def test_a_mirrored_run_is_understood() -> None:
     schedule = small("dualpipev").mirrored()
     run = simulate(schedule, moe_costs(schedule, 1))
-    about = dict(run.timeline.description) | {"mirrored": True}
+    about = describe(schedule, Options(), is_mirrored=True)
     found = calibrate(replace(run.timeline, description=about))
     assert found.schedule == schedule
     assert simulate(found.schedule, found.costs).step_time == pytest.approx(run.step_time)
+
+
+def test_messages_of_whole_actions_wait_for_their_end() -> None:
+    """By hand: two stages, forward 1, inputs 2, weights 4; the first stage goes back later."""
+    schedule = make_schedule("1f1b", 2, 1)
+    stage = StageCosts(((Piece("attention", 0, 1.0, 2.0, 4.0),),))
+    costs = Costs((stage, stage))
+    assert simulate(schedule, costs).step_time == 1 + 1 + 2 + (2 + 4)
+    whole = simulate(schedule, costs, Options(whole_actions=True))
+    assert whole.step_time == 1 + 1 + (2 + 4) + (2 + 4)
+
+
+@pytest.mark.parametrize("name", ["zbv", "dualpipev", "1f1b"])
+def test_halves_of_a_backward_are_told_apart_by_the_schedule(name: str) -> None:
+    """A run may call every backward B; what had its weights' half put off was an I."""
+    schedule = small(name)
+    run = simulate(schedule, moe_costs(schedule)).timeline
+    blurred = tuple(replace(s, kind="B" if s.kind == "I" else s.kind) for s in run.spans)
+    named = name_halves(replace(run, spans=blurred), schedule)
+    for span in named.spans:
+        is_half = schedule.actions[span.rank][span.step].kind.value == "I"
+        assert span.kind in (("I",) if is_half else ("F", "B", "W"))
 
 
 def test_a_trace_that_does_not_say_enough_is_refused() -> None:

@@ -1,18 +1,19 @@
 """From a measured run to costs: what each node took, so that the run can be simulated."""
 
 from collections import defaultdict
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
 
-from ep_megatron.pipeline.action import Schedule
+from ep_megatron.pipeline.action import Kind, Schedule
 from ep_megatron.pipeline.costs import Costs, Exchange, Piece, StageCosts
 from ep_megatron.pipeline.measures import union, without
 from ep_megatron.pipeline.program import Options
 from ep_megatron.pipeline.schedule import make_schedule
 from ep_megatron.pipeline.trace import Span, Timeline
 
-_WAIT = 50.0
-"""Microseconds: a rank that was seen to wait for less may not have waited at all."""
+_WAITED = 0.5
+"""Share of an exchange's span, at its end, without compute: from here on the end was seen."""
 
 _Node = tuple[str, int | None]
 """Name and layer."""
@@ -30,13 +31,13 @@ class Measured:
 def calibrate(timeline: Timeline) -> Measured:
     """Read schedule, options and node times from a measured run.
 
-    A node takes the median over the run's micro-batches of its chunk on its rank. Of exchanges
-    those count that the rank was seen to wait for: a host that computes learns only when it asks
-    that an exchange has ended, so the others took at most what was seen, and the shortest stands
-    for them where the rank waited for none. An exchange's time contains the wait for peers, since a
-    trace cannot tell it apart. A message takes what the quickest took: slower ones waited for their
-    receiver. Compute spans of kind B count as inputs' half; where a run has no spans of kind W, the
-    weights' half is in it.
+    A node takes the mean over the run's micro-batches of its chunk on its rank, so that all work is
+    accounted for. Of exchanges those count that the rank mostly waited for: a host that computes
+    learns only when it asks that an exchange has ended, so the others took at most what was seen,
+    and the shortest stands for them where the rank waited for none. An exchange's time contains the
+    wait for peers, since a trace cannot tell it apart. A message takes what the quickest took:
+    slower ones waited for their sender or receiver. Compute spans of kind B count as inputs' half;
+    where a run has no spans of kind W, the weights' half is in it.
 
     Args:
         timeline: with `schedule`, `num_microbatches` and `num_chunks` in its description, and
@@ -70,6 +71,28 @@ def calibrate(timeline: Timeline) -> Measured:
     return Measured(schedule, options, Costs(tuple(stages), min(flights, default=0.0)))
 
 
+def describe(schedule: Schedule, options: Options, is_mirrored: bool = False) -> dict[str, Any]:
+    """Return what a run's trace has to say so that `calibrate` understands it."""
+    return {
+        "schedule": schedule.name,
+        "num_microbatches": schedule.num_microbatches,
+        "num_chunks": schedule.num_chunks,
+        "mirrored": is_mirrored,
+        "options": asdict(options),
+    }
+
+
+def name_halves(timeline: Timeline, schedule: Schedule) -> Timeline:
+    """Return a run's timeline with the backward spans of I actions told apart from those of B."""
+    spans = tuple(
+        replace(span, kind="I")
+        if span.kind == "B" and schedule.actions[span.rank][span.step].kind is Kind.I
+        else span
+        for span in timeline.spans
+    )
+    return replace(timeline, spans=spans)
+
+
 def _schedule(timeline: Timeline) -> Schedule:
     about = timeline.description
     missing = [key for key in ("schedule", "num_microbatches", "num_chunks") if key not in about]
@@ -93,7 +116,8 @@ def _stage(
         if span.lane == "comm":
             bounds[key] = min(duration, bounds.get(key, duration))
             alone = without([(span.start, span.end)], computing[span.rank])
-            if not alone or alone[-1][1] < span.end or alone[-1][1] - alone[-1][0] < _WAIT:
+            waited = alone[-1][1] - alone[-1][0] if alone and alone[-1][1] == span.end else 0.0
+            if waited < _WAITED * duration:
                 continue
         times[key].append(duration)
     for key, bound in bounds.items():
@@ -112,7 +136,7 @@ def _stage(
     def typical(node: _Node, *kinds: str) -> float:
         for kind in kinds:
             if times.get((node, kind)):
-                return median(times[node, kind])
+                return fmean(times[node, kind])
         return 0.0
 
     segments: list[list[Piece]] = [[]]

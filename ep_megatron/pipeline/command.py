@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from ep_megatron.pipeline.calibrate import calibrate
+from ep_megatron.pipeline.calibrate import calibrate, name_halves
 from ep_megatron.pipeline.measures import measure
 from ep_megatron.pipeline.page import Entry, to_html
 from ep_megatron.pipeline.picture import format_time, to_svg
@@ -146,7 +146,7 @@ def compare_with_trace(
         ratio = f"{other / one:.3f}" if one else ""
         table.add_row(name, format_time(one), format_time(other), ratio)
     console.print(table)
-    return simulation, measured
+    return simulation, name_halves(measured, found.schedule)
 
 
 def write_files(

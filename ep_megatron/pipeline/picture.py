@@ -45,14 +45,15 @@ def to_svg(timeline: Timeline, width: float = 1200.0, duration: float | None = N
     has_strip = any(span.lane == "comm" for span in timeline.spans)
     row = _ROW + (_STRIP if has_strip else 0) + _GAP
     height = _TOP + timeline.num_ranks * row + 26
-    total = _LABEL + width + 14
+    legend, legend_end = _legend(timeline, has_strip)
+    total = max(_LABEL + width + 14, legend_end)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{total:.0f}" height="{height}" '
         f'viewBox="0 0 {total:.0f} {height}" role="img">',
         f"<title>{escape(timeline.title)}</title><style>{_STYLE}</style>",
         f'<rect width="{total:.0f}" height="{height}" fill="#fff"/>',
         f'<text class="h" x="4" y="15">{escape(timeline.title)}</text>',
-        *_legend(timeline, has_strip),
+        *legend,
         *_axis(whole, scale, _TOP + timeline.num_ranks * row),
     ]
     for rank in range(timeline.num_ranks):
@@ -140,7 +141,8 @@ def _colour(half: Half) -> str:
     return (DARK if half.chunk % 2 else COLOURS)[half.kind]
 
 
-def _legend(timeline: Timeline, has_strip: bool) -> list[str]:
+def _legend(timeline: Timeline, has_strip: bool) -> tuple[list[str], float]:
+    """Return the legend and where it ends."""
     kinds = set()
     chunks = set()
     most = 0
@@ -170,11 +172,13 @@ def _legend(timeline: Timeline, has_strip: bool) -> list[str]:
             f'<rect class="p" x="{x}" y="22" width="10" height="10"/>'
             f'<text x="{x + 14}" y="31">a pair, overlapped</text>'
         )
-        x += 150
+        x += 132
     if 1 in chunks:
         names = ("chunk 0", "chunk 1") if most < 2 else ("even chunks", "odd chunks")
-        parts.append(f'<text x="{x}" y="31">(light: {names[0]}, dark: {names[1]})</text>')
-    return parts
+        word = f"(light: {names[0]}, dark: {names[1]})"
+        parts.append(f'<text x="{x}" y="31">{word}</text>')
+        x += 7 * len(word)
+    return parts, x
 
 
 def _axis(whole: float, scale: float, y: float) -> list[str]:

@@ -32,6 +32,8 @@ class Options:
         launch_early: in a pair, start each exchange right after its compute; else start both after
             both computes, for hosts that an exchange's launch blocks. Makes no difference to a
             host that runs ahead.
+        whole_actions: an action begins when all its messages are there, and sends when all of it is
+            done; else each half of a pair waits for its own, and what is ready leaves at once.
     """
 
     pairs: bool = True
@@ -39,6 +41,7 @@ class Options:
     blocking: bool = False
     host_runs_ahead: bool = True
     launch_early: bool = True
+    whole_actions: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -95,6 +98,26 @@ class _Writer:
         self._last_exchange: Node | None = None
 
     def add(self, step: int, action: Action) -> None:
+        first = len(self.nodes)
+        self._add(step, action)
+        if self._options.whole_actions:
+            self._close(self.nodes[first:])
+
+    def _close(self, nodes: list[Node]) -> None:
+        """Move an action's messages to its first node and behind its last ones."""
+        needed = [event for node in nodes for event in node.needs]
+        given = [event for node in nodes for event in node.gives]
+        for node in nodes:
+            node.needs, node.gives = [], []
+        nodes[0].needs = needed
+        last = nodes[-1]
+        end = Node(True, "border", last.kind, last.chunk, last.microbatch, None, last.step, 0.0)
+        end.gives = given
+        end.after = [node for node in nodes if not node.is_compute][-1:]
+        self._last_compute = end
+        self.nodes.append(end)
+
+    def _add(self, step: int, action: Action) -> None:
         flows = [self._flow(step, part) for part in action.parts()]
         if len(flows) == 2 and self._options.pairs and not self._options.blocking:
             if flows[0].stage.whole:
