@@ -1,6 +1,7 @@
 """The backend for several hosts, on hosts that are so by name only; exact rows, exact sums."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron import Buffer, BufferConfig, DispatchHandle
+from ep_megatron.backends import HOST_ID_VARIABLE
 from ep_megatron.hosts import Hosts
 from tests.ranks import run_on_ranks
 from tests.routing import CASES, Case
@@ -157,6 +159,18 @@ def check_float32_between_hosts(rank: int, layout: str, case: Case) -> None:
             assert_same_bits(ours, expected_sum(layout, handle, y, bias, torch.float32))
 
 
+def check_choice(rank: int, layout: str, expected: str) -> None:
+    assert dist.group.WORLD is not None
+    buffer = Buffer(dist.group.WORLD, config=BufferConfig(timeout=30, host_id=layout[rank]))
+    assert buffer.backend == expected
+    # The environment says the same where the config says nothing.
+    os.environ[HOST_ID_VARIABLE] = layout[rank]
+    try:
+        assert Buffer(dist.group.WORLD, config=BufferConfig(timeout=30)).backend == expected
+    finally:
+        del os.environ[HOST_ID_VARIABLE]
+
+
 def check_gradients_on(rank: int, layout: str, case: Case) -> None:
     check_gradients_of(rank, buffer_on(layout), case)
 
@@ -189,17 +203,20 @@ def test_gradients_are_those_of_a_dense_layer(layout: str, case: Case) -> None:
     run_on_ranks(case.num_ranks, check_gradients_on, layout, case)
 
 
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [("AAA", "shared_memory"), ("ABB", "hierarchical"), ("ABC", "process_group")],
+)
+def test_auto_takes_what_fits_the_hosts(layout: str, backend: str) -> None:
+    run_on_ranks(3, check_choice, layout, backend)
+
+
 def test_every_rank_has_one_gateway_on_every_other_host() -> None:
     for layouts in LAYOUTS.values():
         for layout in layouts:
             hosts = Hosts.from_ids(layout)
             for rank in range(len(layout)):
-                served = [
-                    (source, rank)
-                    for source in range(len(layout))
-                    if source in hosts.served_by(rank)
-                ]
-                for source, _ in served:
+                for source in hosts.served_by(rank):
                     assert hosts.gateway(source, hosts.host_of[rank]) == rank
             num_pairs = sum(len(hosts.served_by(rank)) for rank in range(len(layout)))
             assert num_pairs == len(layout) * (hosts.num_hosts - 1)

@@ -57,7 +57,7 @@ def install(backend: str = "auto", replace_flex: bool = False) -> None:
     it again changes the choice for layers built later.
 
     Args:
-        backend: as for `Buffer`: "auto", "shared_memory" or "process_group".
+        backend: as for `Buffer`, one of `ep_megatron.config.BACKENDS`.
         replace_flex: also serve configs that ask for Megatron's own flex dispatcher with its
             "deepep" backend. Without it they stay Megatron's.
     """

@@ -17,6 +17,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from ep_megatron.config import BACKENDS
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--ep-backend",
         default="auto",
-        choices=("auto", "shared_memory", "process_group"),
+        choices=BACKENDS,
         help="how dispatch and combine move rows (default: %(default)s)",
     )
     parser.add_argument("script", type=Path, help="Megatron-LM's pretrain_gpt.py, or one like it")

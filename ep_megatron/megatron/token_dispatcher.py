@@ -79,7 +79,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         local_expert_indices: the L global indices of this rank's experts.
         config: Megatron's TransformerConfig.
         pg_collection: process groups `ep`, `expt_tp` and `tp_ep`.
-        backend: as for `Buffer`: "auto", "shared_memory" or "process_group".
+        backend: as for `Buffer`, one of `ep_megatron.config.BACKENDS`.
 
     Raises:
         ValueError: if `moe_pad_expert_input_to_capacity` is set.

@@ -158,7 +158,7 @@ class MoEArguments(Section):
     """How tokens reach their experts; `moe-token-dispatcher-type` is the same key."""
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"
     """Backend of the flex dispatcher."""
-    ep_backend: Literal["auto", "shared_memory", "process_group"] = "auto"
+    ep_backend: Literal["auto", "shared_memory", "hierarchical", "process_group"] = "auto"
     """What carries the tokens of the deepep dispatcher."""
     moe_layer_recompute: bool = False
     """Recompute MoE layers in the backward pass."""
