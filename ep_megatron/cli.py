@@ -62,9 +62,12 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
     steps: Annotated[
         int, typer.Option(help="Steps in a row per sample; 1: caches as others left them.")
     ] = 1,
-    baseline: Annotated[str, typer.Option(help="Whose time the ratios are over.")] = (
-        "shared_memory"
-    ),
+    baseline: Annotated[
+        str, typer.Option(help="Whose time the ratios are over; the first without.")
+    ] = "",
+    link: Annotated[
+        str, typer.Option(help="On two hosts made for it, joined at this rate, as 1gbit.")
+    ] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
 ) -> None:
     """Measure dispatch and combine beside gloo, MPI, Megatron's dispatchers and plain copies.
@@ -78,10 +81,11 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
 
     from ep_megatron.bench.case import DIRECTIONS, Case
     from ep_megatron.bench.launch import has_mpi, run
-    from ep_megatron.bench.measure import IMPLEMENTATIONS
+    from ep_megatron.bench.measure import IMPLEMENTATIONS, LINK_IMPLEMENTATIONS
     from ep_megatron.bench.table import print_table
 
-    names = _choices("--implementation", implementation, IMPLEMENTATIONS)
+    known = LINK_IMPLEMENTATIONS if link else IMPLEMENTATIONS
+    names = _choices("--implementation", implementation, known)
     if not implementation and not has_mpi():
         names.remove("mpi")
     cases = [
@@ -91,11 +95,12 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
         for width in _numbers("--hidden", hidden)
     ]
     try:
-        rows = run(cases, names, _choices("--direction", direction, DIRECTIONS), samples, steps)
+        directions = _choices("--direction", direction, DIRECTIONS)
+        rows = run(cases, names, directions, samples, steps, link or None)
     except RuntimeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    print_table(rows, baseline, Console())
+    print_table(rows, baseline or names[0], Console())
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from ep_megatron.bench import own, peers
 from ep_megatron.bench.case import Case
 from ep_megatron.bench.table import print_table
+from ep_megatron.bench.two_hosts import HostsUnavailableError, two_hosts
 from tests.ranks import run_on_ranks
 
 CASE = Case(num_ranks=2, num_tokens=24, hidden=128, num_topk=3, num_experts=8)
@@ -31,6 +32,7 @@ FIELDS = {
     "median_ms",
     "min_ms",
     "max_ms",
+    "link_bytes",
 }
 
 
@@ -91,6 +93,34 @@ def test_bench_writes_a_row_for_everything(tmp_path: Path) -> None:
     }
     assert all(0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows)
     assert "shared_memory_expand" in printed
+
+
+def test_bench_counts_what_crosses_a_link(tmp_path: Path) -> None:
+    """Between two hosts of two ranks a token crosses once in place of up to twice."""
+    try:
+        with two_hosts("1gbit"):
+            pass
+    except HostsUnavailableError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "4"]
+    command += ["--num-tokens", "128", "--hidden", "1024", "--samples", "2", "--link", "1gbit"]
+    command += ["--implementation", "hierarchical,gloo", "--direction", "forward"]
+    command += ["--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    sent = {row["implementation"]: row["link_bytes"] for row in rows}
+    case = Case(num_ranks=4, num_tokens=128, hidden=1024, num_topk=8, num_experts=64)
+    to_ranks = to_hosts = 0
+    for rank in range(4):
+        for experts in (case.topk_idx(rank) // 16).tolist():
+            away = {r for r in experts if r // 2 != rank // 2}
+            to_ranks += len(away)
+            to_hosts += bool(away)
+    row_bytes = 2 * 2 * case.hidden  # there and back
+    assert to_hosts * row_bytes < sent["hierarchical"] < 1.3 * to_hosts * row_bytes
+    assert to_ranks * row_bytes < sent["gloo"] < 1.3 * to_ranks * row_bytes
+    assert "link" in done.stdout
 
 
 @pytest.mark.megatron

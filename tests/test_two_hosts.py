@@ -53,11 +53,11 @@ def test_what_crosses_is_one_copy_per_token_and_host(hosts: tuple[Host, Host]) -
         # Expert ids of 2 bytes and weights of 4 beside each row; what every two ranks tell each
         # other in each call, under 300 bytes here; statuses of 512 bytes.
         beside = NUM_CALLS * (there * BYTES_CASE.num_topk * 6 + 2 * 4 * 300 + 2 * 512)
-        assert payload < sent[host]["hierarchical"] < 1.06 * (payload + beside) + 20_000
+        assert payload < sent[host]["hierarchical"] < 1.15 * (payload + beside) + 20_000
         copies = sum(num_rows(False)) / sum(num_rows(True))
         ratio = sent[host]["process_group"] / sent[host]["hierarchical"]
         assert copies > 1.3
-        assert ratio > 0.95 * copies
+        assert ratio > 0.9 * copies
 
 
 def test_uneven_hosts_are_exact_and_name_a_lost_rank_on_both(hosts: tuple[Host, Host]) -> None:

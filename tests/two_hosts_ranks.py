@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron import Buffer, BufferConfig
-from ep_megatron.bench.two_hosts import num_bytes_sent
+from ep_megatron.bench.two_hosts import LinkMeter
 from tests.routing import CASES, Case
 from tests.test_dispatch import send
 from tests.test_hierarchical import check_bits
@@ -38,7 +38,8 @@ def exact(rank: int) -> None:
 def count_bytes(rank: int) -> None:
     """Print what leaves this host in some dispatches and combines, by backend."""
     assert dist.group.WORLD is not None
-    sent = {}
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    sent, meter = {}, LinkMeter(os.environ["GLOO_SOCKET_IFNAME"], is_first)
     for backend in ("hierarchical", "process_group"):
         buffer = Buffer(dist.group.WORLD, config=BufferConfig(backend=backend, timeout=60))
 
@@ -47,21 +48,12 @@ def count_bytes(rank: int) -> None:
             buffer.combine(recv_x, handle)
 
         step(buffer)
-        before = quiet_count()
+        before = meter.read()
         for _ in range(NUM_CALLS):
             step(buffer)
-        sent[backend] = quiet_count() - before
-    if os.environ["LOCAL_RANK"] == "0":
+        sent[backend] = meter.read() - before
+    if is_first:
         print("SENT", json.dumps(sent), flush=True)
-
-
-def quiet_count() -> int:
-    """Return the bytes sent from this host while nobody sends any."""
-    dist.barrier()
-    time.sleep(0.3)
-    count = num_bytes_sent(os.environ["GLOO_SOCKET_IFNAME"])
-    dist.barrier()
-    return count
 
 
 def lose_a_rank(rank: int) -> None:

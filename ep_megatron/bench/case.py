@@ -58,7 +58,10 @@ Maker = Callable[[Case, int], dict[str, Step]]
 
 @dataclass(frozen=True)
 class Result:
-    """Wall time of one step on all ranks, over all samples."""
+    """Wall time of one step on all ranks, over all samples.
+
+    `link_bytes` left both hosts in one step, headers included; 0 where all ranks are on one host.
+    """
 
     implementation: str
     direction: str
@@ -72,6 +75,7 @@ class Result:
     median_ms: float
     min_ms: float
     max_ms: float
+    link_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` writes."""

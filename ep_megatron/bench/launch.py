@@ -10,13 +10,24 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from ep_megatron.bench.case import Case
+from ep_megatron.bench.two_hosts import (
+    AGENT_SCRIPT,
+    FIRST_ADDRESS,
+    NETWORK,
+    LinkMeter,
+    run_ranks,
+    two_hosts,
+)
 from ep_megatron.train.launch import run_processes
+
+_SECONDS_ON_TWO_HOSTS = 1800
+_FORWARDED = ("PYTHONPATH", "PATH")  # to processes that mpirun starts on the other host
 
 
 def has_mpi() -> bool:
@@ -30,8 +41,12 @@ def run(
     directions: Sequence[str],
     num_samples: int,
     num_steps: int = 1,
+    link: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure all cases; one set of processes per number of ranks.
+
+    With `link`, a rate that `tc` knows, half of the ranks are on each of two hosts that are set up
+    for it, joined by a link of that rate.
 
     Returns:
         The rows that `--json` writes.
@@ -53,20 +68,54 @@ def run(
                         "num_samples": num_samples,
                         "num_steps": num_steps,
                         "output": str(output),
-                        "port": _free_port(),
+                        "address": (
+                            f"tcp://{FIRST_ADDRESS}:29500"
+                            if link
+                            else f"tcp://127.0.0.1:{_free_port()}"
+                        ),
+                        "is_on_two_hosts": link is not None,
                     }
                 )
             )
             arguments = ["-m", "ep_megatron.bench.launch", str(job)]
-            if "mpi" in implementations:
-                _run_under_mpi(num_ranks, arguments)
+            if link is not None:
+                _run_on_two_hosts(num_ranks, arguments, link, "mpi" in implementations)
+            elif "mpi" in implementations:
+                command = [*_mpirun(num_ranks), sys.executable, *arguments]
+                _run_command(command, {**os.environ, "OMP_NUM_THREADS": "1"})
             else:
                 run_processes(num_ranks, arguments)
             rows += json.loads(output.read_text())
     return rows
 
 
-def _run_under_mpi(num_ranks: int, arguments: Sequence[str]) -> None:
+def _run_on_two_hosts(
+    num_ranks: int, arguments: Sequence[str], link: str, is_under_mpi: bool
+) -> None:
+    if num_ranks % 2:
+        raise RuntimeError(f"bench: expected an even number of ranks on two hosts, got {num_ranks}")
+    with two_hosts(link) as hosts:
+        if not is_under_mpi:
+            half = num_ranks // 2
+            run_ranks(hosts, (half, half), arguments, {}, _SECONDS_ON_TWO_HOSTS)
+            return
+        with tempfile.TemporaryDirectory(prefix="ep_bench_") as folder:
+            # mpirun starts the other host's processes through what it takes for ssh.
+            agent = Path(folder, "agent")
+            agent.write_text(AGENT_SCRIPT)
+            agent.chmod(0o700)
+            places = ",".join(f"{host.name}:{num_ranks // 2}" for host in hosts)
+            command = [
+                *(str(agent), hosts[0].name, *_mpirun(num_ranks), "--host", places),
+                *("--map-by", "slot", "--mca", "plm_rsh_agent", str(agent)),
+                *(word for name in _FORWARDED if name in os.environ for word in ("-x", name)),
+                *("--mca", "oob_tcp_if_include", NETWORK, "--mca", "btl_tcp_if_include", NETWORK),
+                *(sys.executable, *arguments),
+            ]
+            _run_command(command, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _mpirun(num_ranks: int) -> list[str]:
     command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks)]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
@@ -74,8 +123,11 @@ def _run_under_mpi(num_ranks: int, arguments: Sequence[str]) -> None:
     # only with a host file.
     if num_ranks > (os.cpu_count() or 1):
         command += ["--mca", "mpi_yield_when_idle", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([*command, sys.executable, *arguments], env=environment, check=False)
+    return command
+
+
+def _run_command(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    process = subprocess.run(command, env=environment, check=False)
     if process.returncode:
         raise RuntimeError(f"bench: expected mpirun to succeed, got exit code {process.returncode}")
 
@@ -95,12 +147,18 @@ def _work(job: dict[str, Any]) -> None:
     # Megatron's collectives have names that torch has deprecated; not the reader's business here.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
+    meter = None
+    if job["is_on_two_hosts"]:
+        # A host's interface has its name.
+        interface = os.environ["GLOO_SOCKET_IFNAME"] = socket.gethostname()
+        local = os.environ.get("LOCAL_RANK") or os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+        meter = LinkMeter(interface, local == "0")
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     else:
         rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
         size = int(os.environ["OMPI_COMM_WORLD_SIZE"])
-        address = f"tcp://127.0.0.1:{job['port']}"
+        address = job["address"]
         dist.init_process_group("gloo", address, timedelta(minutes=5), size, rank)
     measure(
         [Case(**sizes) for sizes in job["cases"]],
@@ -109,6 +167,7 @@ def _work(job: dict[str, Any]) -> None:
         job["num_samples"],
         job["num_steps"],
         Path(job["output"]),
+        meter,
     )
     dist.barrier()
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ep_megatron.bench import megatron_layer, own, peers
 from ep_megatron.bench.case import Case, Maker, Result, Step
+from ep_megatron.bench.two_hosts import LinkMeter
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _MAKERS: dict[str, Maker] = {
     "shared_memory_expand": own.exchange("shared_memory", expand=True),
     "dispatcher": megatron_layer.layer("deepep"),
     "process_group": own.exchange("process_group", expand=False),
+    "hierarchical": own.exchange("hierarchical", expand=False),
     "gloo": peers.gloo,
     "mpi": peers.mpi,
     "megatron_alltoall": megatron_layer.layer("alltoall"),
@@ -36,7 +38,12 @@ _MAKERS: dict[str, Maker] = {
     "limit_streaming": lambda case, rank: peers.copies(case, rank, is_streaming=True),
 }
 LIMIT = "limit"  # the faster of the two kinds of copy
-IMPLEMENTATIONS = (*(name for name in _MAKERS if not name.startswith(LIMIT)), LIMIT)
+# What can run on two hosts; the first is for nothing else.
+LINK_IMPLEMENTATIONS = ("hierarchical", "process_group", "gloo", "mpi")
+IMPLEMENTATIONS = (
+    *(name for name in _MAKERS if not name.startswith(LIMIT) and name != "hierarchical"),
+    LIMIT,
+)
 _NUM_WARM_UPS = 3
 
 
@@ -47,13 +54,19 @@ def measure(
     num_samples: int,
     num_steps: int,
     output: Path,
+    meter: LinkMeter | None = None,
 ) -> None:
-    """Measure and let rank 0 write a JSON list of results to `output`. Collective."""
+    """Measure and let rank 0 write a JSON list of results to `output`. Collective.
+
+    With `meter` the ranks are on two hosts, and what they send is counted.
+    """
     torch.set_num_threads(1)
     rank = dist.get_rank()
     results = []
     for case in cases:
-        for result in _measure_case(case, implementations, directions, num_samples, num_steps):
+        for result in _measure_case(
+            case, implementations, directions, num_samples, num_steps, meter
+        ):
             results.append(result)
             if rank == 0:
                 output.write_text(json.dumps([r.as_dict() for r in results]))
@@ -65,13 +78,14 @@ def _measure_case(
     directions: Sequence[str],
     num_samples: int,
     num_steps: int,
+    meter: LinkMeter | None,
 ) -> Iterator[Result]:
     names = [n for n in implementations if n != LIMIT]
     if LIMIT in implementations:
         names += [n for n in _MAKERS if n.startswith(LIMIT)]
     steps = {name: _MAKERS[name](case, dist.get_rank()) for name in names}
     payload_bytes = case.payload_bytes()
-    barrier = _Barrier()
+    barrier = _Barrier(is_one_host=meter is None)
     for direction in directions:
         samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(_NUM_WARM_UPS):
@@ -98,6 +112,7 @@ def _measure_case(
                 median_ms=statistics.median(milliseconds),
                 min_ms=min(milliseconds),
                 max_ms=max(milliseconds),
+                link_bytes=0 if meter is None else meter.count(steps[name][direction]),
             )
 
 
@@ -107,7 +122,10 @@ class _Barrier:
     Combining no rows over shared memory is a meeting of all ranks and nothing else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_one_host: bool) -> None:
+        self._handle = None
+        if not is_one_host:
+            return
         self._buffer = own.buffer_of("shared_memory")
         self._rows = torch.empty(0, 16)
         routing = torch.empty(0, 1, dtype=torch.int64)
@@ -118,8 +136,8 @@ class _Barrier:
     def sample(self, step: Step, num_steps: int) -> float:
         """Return the seconds that a step takes on all ranks together."""
         dist.barrier()  # for who is far behind, asleep
-        assert self._handle is not None
-        self._buffer.combine(self._rows, self._handle)
+        if self._handle is not None:
+            self._buffer.combine(self._rows, self._handle)
         start = time.monotonic_ns()  # one clock for all processes of a host
         for _ in range(num_steps):
             step()

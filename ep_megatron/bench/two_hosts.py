@@ -9,12 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_NETWORK = "10.77.0.{0}"  # private addresses; inside the namespaces nothing else has any
+import torch
+import torch.distributed as dist
+
+_SECONDS_TO_SETTLE = 0.3
+FIRST_ADDRESS = "10.77.0.1"
+NETWORK = "10.77.0.0/24"  # private addresses; inside the namespaces nothing else has any
 _BURST, _QUEUE = "128kb", "8mb"  # of the shaped link: what passes unshaped, and what may wait
 
 # Runs "$@" once per rank, in the host that the first arguments describe.
@@ -30,10 +36,18 @@ for pid in $pids; do wait $pid || code=$?; done
 exit $code
 """
 
+# Runs a command line on the host that the first argument names, as ssh would.
+AGENT_SCRIPT = """#!/bin/sh
+name=$1; shift
+exec ip netns exec "$name" unshare --uts --ipc --mount sh -c '
+    mount -t tmpfs -o size=50% ep_shm /dev/shm && hostname "$0" || exit 97
+    exec sh -c "$*"' "$name" "$@"
+"""
+
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two; `interface` is its end of the link."""
+    """One of the two; `interface` is its end of the link, and has the host's name."""
 
     name: str
     interface: str
@@ -65,7 +79,7 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
     number = os.getpid()
     # An interface's name has at most 15 characters.
     hosts = tuple(
-        Host(f"ep{number}{letter}", f"ep{number}{letter}", _NETWORK.format(last))
+        Host(f"ep{number}{letter}", f"ep{number}{letter}", f"10.77.0.{last}")
         for letter, last in (("a", 1), ("b", 2))
     )
     a, b = hosts
@@ -147,9 +161,37 @@ def run_ranks(
     return outputs
 
 
-def num_bytes_sent(interface: str) -> int:
-    """Return how many bytes have left by `interface`, headers included; from inside its host."""
-    return int(Path("/sys/class/net", interface, "statistics/tx_bytes").read_text())
+class LinkMeter:
+    """Counts what the hosts send, by their interfaces; every rank of a group has one.
+
+    Args:
+        interface: of this rank's host.
+        is_first: whether this rank is the first on its host, and reads for all of them.
+    """
+
+    def __init__(self, interface: str, is_first: bool) -> None:
+        self._statistics = Path("/sys/class/net", interface, "statistics/tx_bytes")
+        self._is_first = is_first
+
+    def read(self) -> int:
+        """Return what has left this host so far, headers included, while nobody sends. Collective.
+
+        0 where this rank is not the first of its host.
+        """
+        dist.barrier()
+        time.sleep(_SECONDS_TO_SETTLE)
+        count = int(self._statistics.read_text()) if self._is_first else 0
+        dist.barrier()
+        return count
+
+    def count(self, step: Callable[[], object], num_steps: int = 3) -> int:
+        """Return how many bytes leave both hosts in one step. Collective."""
+        before = self.read()
+        for _ in range(num_steps):
+            step()
+        sent = torch.tensor(self.read() - before)
+        dist.all_reduce(sent)
+        return int(sent) // num_steps
 
 
 def _set_up(host: Host, hosts: Sequence[Host], rate: str | None) -> None:
