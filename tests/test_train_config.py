@@ -173,6 +173,28 @@ def test_the_full_size_example_is_a_valid_megatron_config() -> None:
     assert sum(len(chunk) for stage in stages for chunk in stage) == 1 + 61 + 1 + 1
 
 
+def test_rows_travel_as_fp8_only_where_they_can() -> None:
+    moe = {**SMALL, "num-experts": 4, "hidden-size": 128}
+    assert make_config(moe).moe_dispatch_dtype == "bf16"
+    asked = make_config({**moe, "moe-dispatch-dtype": "fp8", "moe-combine-grad-dtype": "mxfp8"})
+    assert (asked.moe_dispatch_dtype, asked.moe_combine_grad_dtype) == ("fp8", "mxfp8")
+    for key in ("moe-dispatch-dtype", "moe-combine-grad-dtype"):
+        for changes, match in (
+            ({key: "fp4"}, f"{key}: .*'bf16', 'fp8' or 'mxfp8'.*got 'fp4'"),
+            ({key: "fp8", "hidden-size": 64}, f"hidden-size .* 128 for {key} fp8, got 64"),
+            ({key: "mxfp8", "hidden-size": 8}, f"hidden-size .* 32 for {key} mxfp8, got 8"),
+            (
+                {**{"expert-model-parallel-size": 1}, key: "fp8", "num-experts": None},
+                f"deepep for {key} fp8, got none",
+            ),
+            ({key: "fp8", "moe-token-dispatcher": "alltoall"}, f"{key} fp8, got alltoall"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                make_config({**moe, **changes})
+    with pytest.raises(ValueError, match="did you mean moe-dispatch-dtype"):
+        make_config({**moe, "moe-dispach-dtype": "fp8"})
+
+
 def test_every_key_has_a_meaning() -> None:
     rows = [row for section in SECTIONS for row in describe_keys(section)]
     assert {row[0] for row in rows} == {to_key(name) for name in Config.model_fields}

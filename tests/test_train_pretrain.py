@@ -204,3 +204,18 @@ def test_example_scripts_run_under_torchrun(name: str, folder: Path) -> None:
     output = _finish(process)
     expected = "output and gradient correct" if name == "dispatch_combine.py" else "trained"
     assert expected in output
+
+
+def test_fp8_on_the_wire_trains_in_a_band_of_bfloat16_and_repeats_itself(folder: Path) -> None:
+    # 128 columns are one block; both the rows and the gradients that go back are cast.
+    sizes = ("--hidden-size", "128", "--bf16", "--train-iters", "12", "--eval-iters", "0")
+    words = ("--moe-dispatch-dtype", "fp8", "--moe-combine-grad-dtype", "fp8")
+    runs = {"fp8": words, "fp8-again": words, "bf16": ()}
+    for name, extra in runs.items():
+        output = _finish(_start(folder, f"wire-{name}", *sizes, *extra))
+        assert ("rows fp8, their gradients fp8" in output) == (name != "bf16")
+    assert _exact(folder, "wire-fp8") == _exact(folder, "wire-fp8-again")
+    losses = {name: [r["loss"] for r in _records(folder, f"wire-{name}")] for name in runs}
+    assert losses["fp8"] != losses["bf16"]
+    for mine, theirs in zip(losses["fp8"], losses["bf16"], strict=True):
+        assert abs(mine - theirs) < 0.02 * theirs

@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ep_megatron.fp8 import WireDtype, wire_recipe
 from ep_megatron.megatron.token_dispatcher import DeepEPTokenDispatcher
 
 DISPATCHER_TYPE = "deepep"
@@ -40,7 +41,7 @@ class _AskedFor(str):
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    backend: str
+    options: dict[str, Any]  # of DeepEPTokenDispatcher
     replace_flex: bool
 
 
@@ -49,7 +50,13 @@ _choice: _Choice | None = None
 _rebound: list[tuple[Any, str, Any, Any]] = []  # owner, name, ours, theirs
 
 
-def install(backend: str = "auto", replace_flex: bool = False) -> None:
+def install(
+    backend: str = "auto",
+    replace_flex: bool = False,
+    *,
+    dispatch_dtype: WireDtype = "bf16",
+    combine_grad_dtype: WireDtype = "bf16",
+) -> None:
     """Make Megatron accept "deepep" as a token dispatcher type; not collective.
 
     Call it before arguments are parsed, configs made or models built. A config made with "deepep"
@@ -60,15 +67,25 @@ def install(backend: str = "auto", replace_flex: bool = False) -> None:
         backend: as for `Buffer`, one of `ep_megatron.config.BACKENDS`.
         replace_flex: also serve configs that ask for Megatron's own flex dispatcher with its
             "deepep" backend. Without it they stay Megatron's.
+        dispatch_dtype: "bf16", "fp8" or "mxfp8", see `DeepEPTokenDispatcher`.
+        combine_grad_dtype: likewise.
     """
     global _choice
-    _choice = _Choice(backend, replace_flex)
+    _choice = _Choice(_options(backend, dispatch_dtype, combine_grad_dtype), replace_flex)
     if not _rebound:
         _rebind(TransformerConfig, "__post_init__", _with_deepep)
         _rebind(megatron_moe_layer, "MoEFlexTokenDispatcher", _flex_or_ours)
         # Megatron-LM's parser takes its choices from a list or from the type of the config's field,
         # depending on its version; here both arrive. The groups of a parser share this base class.
         _rebind(argparse._ActionsContainer, "add_argument", _with_deepep_choice)
+
+
+def _options(
+    backend: str, dispatch_dtype: WireDtype, combine_grad_dtype: WireDtype
+) -> dict[str, Any]:
+    dtypes = {"dispatch_dtype": dispatch_dtype, "combine_grad_dtype": combine_grad_dtype}
+    # A word that is none raises here, long before a layer is built.
+    return {"backend": backend} | {k: name for k, name in dtypes.items() if wire_recipe(name)}
 
 
 def uninstall() -> None:
@@ -137,10 +154,10 @@ def _flex_or_ours(theirs: Any) -> Any:
         num_local_experts: int, local_expert_indices: list[int], *, config: Any, **groups: Any
     ) -> Any:
         assert _choice is not None  # uninstall puts the original back
-        experts = (num_local_experts, local_expert_indices)
+        make, options = theirs, {}
         if _is_asked_for(config) or (_choice.replace_flex and _is_deepep(config)):
-            return DeepEPTokenDispatcher(*experts, config=config, backend=_choice.backend, **groups)
-        return theirs(*experts, config=config, **groups)
+            make, options = DeepEPTokenDispatcher, _choice.options
+        return make(num_local_experts, local_expert_indices, config=config, **options, **groups)
 
     return make_token_dispatcher
 
@@ -164,6 +181,7 @@ class EPMoELayer(MoELayer):
             backend "deepep".
         pg_collection: process groups; None takes Megatron's global ones.
         backend: as for `Buffer`.
+        dispatch_dtype: see `DeepEPTokenDispatcher`; likewise `combine_grad_dtype`.
         options: further arguments of this Megatron version's MoELayer.
 
     Raises:
@@ -171,7 +189,14 @@ class EPMoELayer(MoELayer):
     """
 
     def __init__(
-        self, config: Any, *, pg_collection: Any = None, backend: str = "auto", **options: Any
+        self,
+        config: Any,
+        *,
+        pg_collection: Any = None,
+        backend: str = "auto",
+        dispatch_dtype: WireDtype = "bf16",
+        combine_grad_dtype: WireDtype = "bf16",
+        **options: Any,
     ) -> None:
         if not _is_deepep(config):
             raise ValueError(
@@ -193,7 +218,7 @@ class EPMoELayer(MoELayer):
             self.local_expert_indices,
             config=config,
             pg_collection=pg_collection,
-            backend=backend,
+            **_options(backend, dispatch_dtype, combine_grad_dtype),
         )
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
@@ -210,7 +235,13 @@ def _shown_as_allgather(config: Any) -> Iterator[None]:
         config.moe_token_dispatcher_type = asked
 
 
-def patch_spec(spec: Any, backend: str = "auto") -> Any:
+def patch_spec(
+    spec: Any,
+    backend: str = "auto",
+    *,
+    dispatch_dtype: WireDtype = "bf16",
+    combine_grad_dtype: WireDtype = "bf16",
+) -> Any:
     """Return a copy of a layer, block or model spec in which every MoELayer is an EPMoELayer.
 
     Not collective. Takes the specs of Megatron 0.16 (`ModuleSpec`) and 0.19 (`functools.partial`),
@@ -219,14 +250,19 @@ def patch_spec(spec: Any, backend: str = "auto") -> Any:
     Args:
         spec: what `get_gpt_layer_local_spec`, `get_gpt_decoder_block_spec` and the like return.
         backend: as for `Buffer`.
+        dispatch_dtype: see `DeepEPTokenDispatcher`.
+        combine_grad_dtype: likewise.
     """
+    return _patched(spec, _options(backend, dispatch_dtype, combine_grad_dtype))
+
+
+def _patched(spec: Any, options: dict[str, Any]) -> Any:
     if spec is MoELayer:
-        return functools.partial(EPMoELayer, backend=backend)
+        return functools.partial(EPMoELayer, **options)
     if isinstance(spec, ModuleSpec) and spec.module is MoELayer:
-        params = {**spec.params, "backend": backend}
-        return dataclasses.replace(spec, module=EPMoELayer, params=params)
+        return dataclasses.replace(spec, module=EPMoELayer, params={**spec.params, **options})
     parts, rebuild = _take_apart(spec)
-    patched = [patch_spec(part, backend) for part in parts]
+    patched = [_patched(part, options) for part in parts]
     is_same = all(new is old for new, old in zip(patched, parts, strict=True))
     return spec if is_same else rebuild(patched)
 

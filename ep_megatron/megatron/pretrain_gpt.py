@@ -15,7 +15,9 @@ import runpy
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from ep_megatron.fp8 import WireDtype
 
 from ep_megatron.config import BACKENDS
 
@@ -37,6 +39,16 @@ def main(arguments: list[str] | None = None) -> None:
         choices=BACKENDS,
         help="how dispatch and combine move rows (default: %(default)s)",
     )
+    for flag, what in (
+        ("--moe-dispatch-dtype", "rows travel to the experts"),
+        ("--moe-combine-grad-dtype", "the gradients of combined rows travel back"),
+    ):
+        parser.add_argument(
+            flag,
+            default="bf16",
+            choices=get_args(WireDtype),
+            help=f"how {what}: as they are, or as FP8 (default: %(default)s)",
+        )
     parser.add_argument("script", type=Path, help="Megatron-LM's pretrain_gpt.py, or one like it")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own flags")
     options = parser.parse_args(arguments)
@@ -52,7 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
         _train_without_cuda()
     from ep_megatron.megatron import plugin
 
-    plugin.install(options.ep_backend)
+    plugin.install(
+        options.ep_backend,
+        dispatch_dtype=options.moe_dispatch_dtype,
+        combine_grad_dtype=options.moe_combine_grad_dtype,
+    )
     runpy.run_path(str(options.script), run_name="__main__")
 
 

@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from ep_megatron.autograd import fused_combine, fused_dispatch
 from ep_megatron.buffer import Buffer
+from ep_megatron.fp8 import Fp8Recipe, WireDtype, wire_recipe
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.megatron import stand_in
 from ep_megatron.megatron.routing import repeat_for_tensor_parallel, select_slots
@@ -80,9 +81,13 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         config: Megatron's TransformerConfig.
         pg_collection: process groups `ep`, `expt_tp` and `tp_ep`.
         backend: as for `Buffer`, one of `ep_megatron.config.BACKENDS`.
+        dispatch_dtype: how rows travel to the experts: "bf16" (as they are, whatever their dtype),
+            "fp8" (e4m3, a scale per 128 columns) or "mxfp8" (per 32); they arrive widened.
+        combine_grad_dtype: likewise for the gradients that combine's backward pass sends.
 
     Raises:
-        ValueError: if `moe_pad_expert_input_to_capacity` is set.
+        ValueError: if `moe_pad_expert_input_to_capacity` is set, or the hidden size is not a
+            multiple of the FP8 blocks.
     """
 
     def __init__(
@@ -92,6 +97,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         config: Any,
         pg_collection: Any,
         backend: str = "auto",
+        dispatch_dtype: WireDtype = "bf16",
+        combine_grad_dtype: WireDtype = "bf16",
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         if config.moe_pad_expert_input_to_capacity:
@@ -104,6 +111,10 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self.local_expert_indices = local_expert_indices
         self.num_experts = self.tp_size * self.ep_size * num_local_experts
         self.backend = backend
+        self.dispatch_fp8 = wire_recipe(dispatch_dtype)
+        self.combine_grad_fp8 = wire_recipe(combine_grad_dtype, is_gradient=True)
+        _check_hidden(config.hidden_size, dispatch_dtype, self.dispatch_fp8)
+        _check_hidden(config.hidden_size, combine_grad_dtype, self.combine_grad_fp8)
         self.topk_idx: Tensor | None = None
         self.cudagraph_attrs = ["topk_idx"]
         self._comm_manager = OverlapProbs()
@@ -169,6 +180,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             self.buffer,
             expand=True,
             expert_alignment=self.expert_alignment,
+            fp8=self.dispatch_fp8,
         )
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(rows)
@@ -194,7 +206,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Sum the experts' rows `[N, H]` into tokens `[T, H]`. Collective; differentiable."""
         handle = self._current_handle("token_combine")
-        output = fused_combine(hidden_states, handle, self.buffer)
+        output = fused_combine(hidden_states, handle, self.buffer, grad_fp8=self.combine_grad_fp8)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(output)
             self.shared_experts.post_forward_comm()
@@ -215,3 +227,11 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
                 "token_dispatch first, once for every token_combine"
             )
         return self._handle
+
+
+def _check_hidden(hidden_size: int, name: str, recipe: Fp8Recipe | None) -> None:
+    if recipe is not None and hidden_size % recipe.block:
+        raise ValueError(
+            f"DeepEPTokenDispatcher: expected hidden_size to be a multiple of {recipe.block} for "
+            f'"{name}", got {hidden_size}; leave the rows in "bf16"'
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
+from ep_megatron.fp8 import wire_recipe
 from ep_megatron.train.model_arguments import (
     MLAArguments,
     ModelArguments,
@@ -93,6 +94,7 @@ class Config(
                     f"expected moe-router-topk to be at most num-experts ({self.num_experts}), "
                     f"got {self.moe_router_topk}"
                 )
+        _check_wire(self)
         pattern = self.moe_layer_freq
         if isinstance(pattern, list) and len(pattern) != self.num_layers:
             raise ValueError(
@@ -112,6 +114,22 @@ class Config(
 
 # The sections a config is made of, in the order in which they are listed to users.
 SECTIONS: tuple[type[Section], ...] = Config.__bases__
+
+
+def _check_wire(config: Config) -> None:
+    for key in ("moe_dispatch_dtype", "moe_combine_grad_dtype"):
+        recipe = wire_recipe(getattr(config, key))
+        if recipe is None:
+            continue
+        what = f"{to_key(key)} {getattr(config, key)}"
+        if config.num_experts is None or config.moe_token_dispatcher != "deepep":
+            actual = "none" if config.num_experts is None else config.moe_token_dispatcher
+            raise ValueError(f"expected moe-token-dispatcher deepep for {what}, got {actual}")
+        if config.hidden_size % recipe.block:
+            raise ValueError(
+                f"expected hidden-size to be a multiple of {recipe.block} for {what}, got "
+                f"{config.hidden_size}"
+            )
 
 
 def _check_schedule(config: Config) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from ep_megatron.fp8 import WireDtype
 from ep_megatron.train.section import Section
 
 _PATTERN_TERM = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d+))?")
@@ -160,6 +161,10 @@ class MoEArguments(Section):
     """Backend of the flex dispatcher."""
     ep_backend: Literal["auto", "shared_memory", "hierarchical", "process_group"] = "auto"
     """What carries the tokens of the deepep dispatcher."""
+    moe_dispatch_dtype: WireDtype = "bf16"
+    """How rows travel to their experts: as they are, as FP8 (blocks of 128 columns) or MXFP8."""
+    moe_combine_grad_dtype: WireDtype = "bf16"
+    """Likewise for the gradients that go back the same way."""
     moe_layer_recompute: bool = False
     """Recompute MoE layers in the backward pass."""
 

@@ -64,7 +64,11 @@ def _set_up(config: Config) -> None:
     if config.moe_token_dispatcher == "deepep" and config.num_experts is not None:
         from ep_megatron.megatron.plugin import install as install_dispatcher
 
-        install_dispatcher(backend=config.ep_backend)
+        install_dispatcher(
+            config.ep_backend,
+            dispatch_dtype=config.moe_dispatch_dtype,
+            combine_grad_dtype=config.moe_combine_grad_dtype,
+        )
 
     from megatron.core import parallel_state
 

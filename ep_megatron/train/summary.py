@@ -29,10 +29,15 @@ def opening(run: Run, unigram_entropy: float) -> str:
     if config.num_experts is not None:
         lines.append(
             f"top-{config.moe_router_topk} of {config.num_experts} experts, dispatcher "
-            f"{config.moe_token_dispatcher}"
+            f"{config.moe_token_dispatcher}{_wire(run)}"
         )
     lines.append(f"unigram entropy of the text: {unigram_entropy:.4f} nats per token")
     return "\n".join(lines)
+
+
+def _wire(run: Run) -> str:
+    rows, grads = run.config.moe_dispatch_dtype, run.config.moe_combine_grad_dtype
+    return "" if rows == grads == "bf16" else f" (rows {rows}, their gradients {grads})"
 
 
 def summary(run: Run, reporter: Reporter, number: int) -> str:
