@@ -17,9 +17,8 @@ import types
 from pathlib import Path
 from typing import Any, get_args
 
-from ep_megatron.fp8 import WireDtype
-
 from ep_megatron.config import BACKENDS
+from ep_megatron.fp8 import WireDtype
 
 logger = logging.getLogger(__name__)
 
