@@ -158,6 +158,17 @@ def _loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"lm loss": loss.detach().clone()}
 
 
+def forward_step_per_token(data: Iterator[Tensor], model: Any) -> tuple[Any, Callable[..., Any]]:
+    """The same for `calculate_per_token_loss`: the sum of the losses, and of how many tokens."""
+    return forward_step(data, model)[0], _loss_per_token
+
+
+def _loss_per_token(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    loss = output.sum()
+    num_tokens = torch.tensor(output.numel(), dtype=torch.int)
+    return loss, num_tokens, {"lm loss": loss.detach().clone()}
+
+
 def whole_layout() -> Layout:
     """The layout of the whole model on the ranks that are: theirs without a pipeline."""
     from megatron.core import parallel_state

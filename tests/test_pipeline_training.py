@@ -21,6 +21,7 @@ from tests.pipeline_gpt import (
     build_gpt,
     config_of,
     forward_step,
+    forward_step_per_token,
     global_names,
     microbatches,
     pipeline_ranks,
@@ -53,6 +54,7 @@ class Case:
     is_tied: bool = False
     clip_grad: float = 0.0
     optimizer: str = "adam"
+    is_timed: bool = False
     tolerance: float = 0.0
 
     @property
@@ -68,6 +70,9 @@ class Case:
 
 CASES = {
     "dualpipev, gradients reduced behind the schedule": Case("dualpipev", overlap_grad_reduce=True),
+    "dualpipev, loss per token, timed": Case(
+        "dualpipev", options={"calculate_per_token_loss": True}, is_timed=True
+    ),
     "zb1p, distributed optimizer": Case(
         "zb1p", overlap_grad_reduce=True, distributed_optimizer=True
     ),
@@ -120,8 +125,9 @@ def _step(forward_backward: Any, models: list[Any], optimizer: Any, data: Any, *
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
+    per_token = models[0].config.calculate_per_token_loss
     reported = forward_backward(
-        forward_step_func=forward_step,
+        forward_step_func=forward_step_per_token if per_token else forward_step,
         data_iterator=data if len(models) > 1 else data[0],
         model=models if len(models) > 1 else models[0],
         num_microbatches=4,
@@ -140,6 +146,7 @@ def _train(rank: int, case: Case) -> float:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.timers import Timers
 
     from ep_megatron.pipeline.forward_backward import get_forward_backward_func
     from ep_megatron.pipeline.placement import GroupOfOne
@@ -158,6 +165,8 @@ def _train(rank: int, case: Case) -> float:
         if case.overlap_grad_reduce:
             whole.config.no_sync_func = whole.no_sync
             models[0].config.no_sync_func = [model.no_sync for model in models]
+        if case.is_timed:
+            models[0].config.timers = Timers(2, "minmax")
         data = microbatches(shape, data_rank)
         our_data = [microbatches(shape, data_rank) for _ in models]
         ours = get_forward_backward_func(case.name, timeout=60.0)
@@ -176,6 +185,9 @@ def _train(rank: int, case: Case) -> float:
                     assert not torch.equal(parameter, before[name]), name
                     gap = (parameter - theirs[name]).abs().max() / theirs[name].abs().max()
                     worst = max(worst, gap.item())
+        if case.is_timed:
+            for name in ("forward-backward", "forward-compute", "backward-compute"):
+                assert models[0].config.timers(name).elapsed(reset=False) > 0, name
         return worst
 
 

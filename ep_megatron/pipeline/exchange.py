@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ep_megatron.buffer import Buffer
+from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.pipeline.nodes import Tensors
 from ep_megatron.streams import EventOverlap
@@ -23,11 +24,22 @@ class Route:
         num_experts: experts on all ranks.
         expert_alignment: see `Buffer.dispatch`.
         layer: within the chunk, for timelines.
+        dispatch_fp8: how tokens travel to the experts' rows, or None as they are.
+        combine_grad_fp8: how their gradients do.
     """
 
-    def __init__(self, buffer: Buffer, num_experts: int, expert_alignment: int, layer: int) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        num_experts: int,
+        expert_alignment: int,
+        layer: int,
+        dispatch_fp8: Fp8Recipe | None = None,
+        combine_grad_fp8: Fp8Recipe | None = None,
+    ) -> None:
         self.buffer, self.num_experts, self.layer = buffer, num_experts, layer
         self.expert_alignment = expert_alignment
+        self.dispatch_fp8, self.combine_grad_fp8 = dispatch_fp8, combine_grad_fp8
         self.topk_idx: Tensor | None = None
         """`[T, K]`, set by the attention node."""
         self.hidden_shape: Any = None
@@ -79,6 +91,7 @@ class Dispatch:
             expert_alignment=route.expert_alignment,
             previous_event=after,
             async_finish=True,
+            **_wire(tokens, route.dispatch_fp8),
         )
         assert isinstance(rows, Tensor)
         self._call = _UnderWay((rows, row_weights), event, payload)
@@ -132,7 +145,11 @@ class Combine:
         assert grad_tokens is not None
         assert self._route.handle is not None
         rows, _, _, _, _, event = self._route.buffer.dispatch(
-            grad_tokens, self._route.handle, previous_event=after, async_finish=True
+            grad_tokens,
+            self._route.handle,
+            previous_event=after,
+            async_finish=True,
+            **_wire(grad_tokens, self._route.combine_grad_fp8),
         )
         assert isinstance(rows, Tensor)
         self._call = _UnderWay((rows,), event, grads)
@@ -140,6 +157,11 @@ class Combine:
     def finish(self) -> Tensors:
         """See `Exchange`."""
         return _finish(self)
+
+
+def _wire(x: Tensor, fp8: Fp8Recipe | None) -> dict[str, Any]:
+    """Return what makes rows of `x` travel as FP8 and arrive in its dtype."""
+    return {} if fp8 is None else {"fp8": fp8, "widen_to": x.dtype}
 
 
 def _finish(exchange: Any) -> Tensors:

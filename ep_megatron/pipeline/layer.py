@@ -183,7 +183,14 @@ class _Builder:
 
     def _route(self, layer: Any, index: int) -> Route:
         dispatcher = layer.mlp.token_dispatcher
-        return Route(dispatcher.buffer, dispatcher.num_experts, dispatcher.expert_alignment, index)
+        return Route(
+            dispatcher.buffer,
+            dispatcher.num_experts,
+            dispatcher.expert_alignment,
+            index,
+            getattr(dispatcher, "dispatch_fp8", None),
+            getattr(dispatcher, "combine_grad_fp8", None),
+        )
 
     def _enter(self, hidden: Tensor | None = None) -> Tensor:
         model, call = self.model, self.call

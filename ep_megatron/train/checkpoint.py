@@ -136,6 +136,8 @@ def _state(run: Run, is_loading: bool, with_random_states: bool = True) -> dict[
         key: unwrap_model(model).sharded_state_dict(metadata=dict(metadata))
         for key, model in _named(run.models)
     }
+    if run.config.pipeline_schedule == "dualpipe":
+        _mark_as_copies(models["model1"])
     options = {"metadata": metadata} if metadata else {}
     state = {
         **models,
@@ -148,6 +150,17 @@ def _state(run: Run, is_loading: bool, with_random_states: bool = True) -> dict[
     if with_random_states:
         state["random_states"] = _random_states()
     return state
+
+
+def _mark_as_copies(state: dict[str, Any]) -> None:
+    """Let the second copies of stages be loaded, but not saved beside the first."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    for value in nested_values(state):
+        if isinstance(value, ShardedBase):
+            replica = value.replica_id
+            value.replica_id = (*replica, 1) if isinstance(replica, tuple) else (replica, 1)
 
 
 def _random_states() -> Any:

@@ -20,6 +20,7 @@ from ep_megatron.train.model_arguments import (
     MoEArguments,
     RecomputeArguments,
 )
+from ep_megatron.train.pipeline import check_microbatches, check_pipeline
 from ep_megatron.train.run_arguments import (
     DataArguments,
     ParallelArguments,
@@ -73,6 +74,7 @@ class Config(
                 f"{self.micro_batch_size} x {batch // self.micro_batch_size} data-parallel ranks), "
                 f"got {self.global_batch_size}"
             )
+        check_microbatches(self, self.global_batch_size // batch)
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
@@ -102,6 +104,7 @@ class Config(
                 f"got {len(pattern)}"
             )
         _check_schedule(self)
+        check_pipeline(self)
         if self.data_path and self.text_path:
             raise ValueError(
                 f"expected either data-path or text-path, got both ({' '.join(self.data_path)} "

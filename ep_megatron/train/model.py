@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from ep_megatron.pipeline.placement import ChunkPlacement, join_chunks
 from ep_megatron.train.config import Config
 from ep_megatron.train.layer_spec import build_layer_specs, uses_transformer_engine
 from ep_megatron.train.model_arguments import MLAArguments
+from ep_megatron.train.pipeline import place_models, virtual_chunks
 
 # Config field -> field of Megatron's TransformerConfig, where the names differ.
 _RENAMED = {
@@ -23,6 +25,8 @@ _RENAMED = {
 
 def num_virtual_stages(config: Config) -> int | None:
     """Return the model chunks per pipeline rank, or None if the pipeline is not interleaved."""
+    if config.pipeline_schedule is not None and config.pipeline_model_parallel_layout is None:
+        return virtual_chunks(config)
     if config.pipeline_model_parallel_layout is None:
         return config.num_virtual_stages_per_pipeline_rank
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -101,11 +105,10 @@ def build_model(config: Config, megatron_config: Any, vocab_size: int) -> list[A
         use_distributed_optimizer=config.use_distributed_optimizer,
     )
     models = []
-    for chunk in range(chunks or 1):
-        stage = chunk if chunks else None
+    for chunk, placed in enumerate(_places(config, megatron_config)):
         if chunks:
             parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
-        model = _gpt(config, megatron_config, vocab_size, stage)
+        model = _gpt(config, megatron_config, vocab_size, placed)
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         if config.bf16:
@@ -115,30 +118,53 @@ def build_model(config: Config, megatron_config: Any, vocab_size: int) -> list[A
         )
     for model in models:
         model.broadcast_params()
+    if config.pipeline_schedule is not None:
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        join_chunks(config.pipeline_schedule, models, pipeline)
     return models
 
 
-def _gpt(config: Config, megatron_config: Any, vocab_size: int, vp_stage: int | None) -> Any:
+def _places(config: Config, megatron_config: Any) -> list[ChunkPlacement]:
+    """Return where this rank's chunks are, by the schedule or as Megatron places them."""
+    if config.pipeline_schedule is not None:
+        return place_models(config, megatron_config)
     from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    chunks = megatron_config.virtual_pipeline_model_parallel_size
+    stages = range(chunks) if chunks else [None]
+    return [
+        ChunkPlacement(
+            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            stage,
+            ProcessGroupCollection.use_mpu_process_groups(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        for stage in stages
+    ]
+
+
+def _gpt(config: Config, megatron_config: Any, vocab_size: int, placed: ChunkPlacement) -> Any:
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
-    block, mtp = build_layer_specs(megatron_config, config.transformer_impl, vp_stage)
+    block, mtp = build_layer_specs(
+        megatron_config, config.transformer_impl, placed.vp_stage, placed.pp_rank
+    )
     model = GPTModel(
         megatron_config,
         block,
         vocab_size=-(-vocab_size // multiple) * multiple,
         max_sequence_length=config.max_position_embeddings or config.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         position_embedding_type=config.position_embedding_type,
         rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
         parallel_output=True,
         mtp_block_spec=mtp,
-        vp_stage=vp_stage,
+        **placed.model_arguments(),
     )
     model.model_type = ModelType.encoder_or_decoder
     return model

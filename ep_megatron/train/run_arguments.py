@@ -23,6 +23,21 @@ class ParallelArguments(Section):
     """Model chunks per rank of an interleaved pipeline."""
     pipeline_model_parallel_layout: str | None = None
     """Layers of each stage, e.g. 'Et*2|(tt|)*5t|tmL'."""
+    pipeline_schedule: (
+        Literal[
+            "1f1b",
+            "zb1p",
+            "interleaved",
+            "interleaved-overlap",
+            "zbv",
+            "dualpipe",
+            "dualpipev",
+        ]
+        | None
+    ) = None
+    """Order of the pipeline's work; Megatron's own when left out."""
+    pipeline_trace_iteration: PositiveInt | None = None
+    """Iteration whose timeline is written to <run-dir>/pipeline-trace (on CPUs)."""
     decoder_first_pipeline_num_layers: PositiveInt | None = None
     """Layers of the first stage, where they do not divide evenly."""
     decoder_last_pipeline_num_layers: PositiveInt | None = None

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ep_megatron.train.config import Config
 from ep_megatron.train.data import Batch, batches
+from ep_megatron.train.pipeline import schedule_function, traced
 
 _LOSS = "lm loss"
 
@@ -55,7 +56,8 @@ def train_step(run: Run, iterators: list[Iterator[Batch]]) -> StepResult:
     for model in run.models:
         model.zero_grad_buffer()
     run.optimizer.zero_grad()
-    losses = _run_schedule(run, iterators, forward_only=False)
+    with traced(run.config, run.iteration + 1, run.num_microbatches):
+        losses = _run_schedule(run, iterators, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
     run.scheduler.step(increment=run.config.global_batch_size)
     run.iteration += 1
@@ -90,10 +92,8 @@ def evaluate(run: Run, dataset: Any) -> float | None:
 def _run_schedule(
     run: Run, iterators: list[Iterator[Batch]], forward_only: bool
 ) -> list[dict[str, torch.Tensor]]:
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     single = len(run.models) == 1
-    losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+    losses: list[dict[str, torch.Tensor]] = schedule_function(run.config)(
         forward_step_func=_forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=run.models[0] if single else run.models,
