@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron.pipeline.action import Kind, Schedule
+from ep_megatron.pipeline.calibrate import calibrate
+from ep_megatron.pipeline.measures import measure
 from ep_megatron.pipeline.placement import schedule_for
-from ep_megatron.pipeline.trace import Timeline, read_trace, write_trace
+from ep_megatron.pipeline.simulate import simulate
+from ep_megatron.pipeline.trace import read_trace, write_trace
 from tests.megatron_gpt import Layout
 from tests.pipeline_gpt import (
     BATCH,
@@ -187,7 +190,7 @@ def _recorded(rank: int, folder: str, shape: Shape) -> Any:
             run_schedule("dualpipev", shape, chunks, expert)
         spans = tuple(recorder.spans)
         path = Path(folder) / f"{expert}-{pipeline}.json"
-        write_trace(Timeline("measured", 2, spans, {"schedule": "dualpipev"}), path)
+        write_trace(recorder.timeline("measured"), path)
         return pipeline, expert, spans
 
 
@@ -223,3 +226,9 @@ def test_expert_ranks_exchange_and_stages_send_in_the_same_order(tmp_path: Path)
     assert {span.lane for span in timeline.spans} == {"compute", "comm", "p2p"}
     kinds = {span.kind for span in timeline.spans if span.lane == "compute"}
     assert kinds == {"F", "B", "W"}
+    # What was recorded is enough to simulate the run, and all of its work is accounted for.
+    found = calibrate(timeline)
+    assert found.schedule == schedule_for("dualpipev", 2, 6, 2)
+    simulated = simulate(found.schedule, found.costs, found.options)
+    for real, ours in zip(measure(timeline), simulated.ranks, strict=True):
+        assert ours.compute == pytest.approx(real.compute, rel=0.02)

@@ -1,5 +1,6 @@
 """Schedules: the published step lists, what they hold in memory, and that wrong ones fail."""
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ep_megatron.pipeline.action import schedule_from_json
 from ep_megatron.pipeline.schedule import (
     SCHEDULES,
     Action,
@@ -446,3 +448,13 @@ def test_actions_are_text_and_back() -> None:
             assert parse_action(str(action)) == action
     with pytest.raises(ValueError, match=r"parse_action: expected text to be like F0\.3"):
         parse_action("F0.3&F0.1")
+
+
+def test_schedules_are_json_and_back() -> None:
+    for name in SCHEDULES:
+        schedule = make_schedule(name, 2, 8)
+        assert schedule_from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
+    with pytest.raises(ValueError, match=r"expected schedule, num_microbatches, .* nothing"):
+        schedule_from_json({})
+    with pytest.raises(ValueError, match="parse_action: expected text to be like"):
+        schedule_from_json(make_schedule("1f1b", 1, 1).to_json() | {"actions": ["F0"]})

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_megatron.pipeline.calibrate import calibrate, describe, name_halves
+from ep_megatron.pipeline.calibrate import calibrate, name_halves
 from ep_megatron.pipeline.costs import (
     Costs,
     Exchange,
@@ -20,7 +20,7 @@ from ep_megatron.pipeline.costs import (
 from ep_megatron.pipeline.measures import length, measure, union, without
 from ep_megatron.pipeline.plan import Case, by_merit, cases, run_case
 from ep_megatron.pipeline.profile import PROFILES, Profile, load_profile, make_profile
-from ep_megatron.pipeline.program import Options, program
+from ep_megatron.pipeline.program import Options, describe, program
 from ep_megatron.pipeline.schedule import SCHEDULES, Schedule, make_schedule
 from ep_megatron.pipeline.simulate import simulate
 from ep_megatron.pipeline.trace import Span, read_trace, write_trace
@@ -363,11 +363,10 @@ def _times(stage: StageCosts, factor: float) -> StageCosts:
     return replace(stage, segments=segments)
 
 
-def test_a_mirrored_run_is_understood() -> None:
-    schedule = small("dualpipev").mirrored()
+def test_a_run_of_ones_own_schedule_is_understood() -> None:
+    schedule = replace(small("dualpipev").mirrored().without_split(), name="my own")
     run = simulate(schedule, moe_costs(schedule, 1))
-    about = describe(schedule, Options(), is_mirrored=True)
-    found = calibrate(replace(run.timeline, description=about))
+    found = calibrate(run.timeline)
     assert found.schedule == schedule
     assert simulate(found.schedule, found.costs).step_time == pytest.approx(run.step_time)
 
@@ -396,8 +395,8 @@ def test_halves_of_a_backward_are_told_apart_by_the_schedule(name: str) -> None:
 
 def test_a_trace_that_does_not_say_enough_is_refused() -> None:
     run = simulate(small("1f1b"), chunk_costs(small("1f1b"), (1, 1, 1))).timeline
-    about = {key: value for key, value in run.description.items() if key != "num_chunks"}
-    with pytest.raises(ValueError, match="expected the trace's otherData to have num_chunks, got"):
+    about = {key: value for key, value in run.description.items() if key != "stages"}
+    with pytest.raises(ValueError, match=r"expected schedule, .* got .*KeyError\('stages'\)"):
         calibrate(replace(run, description=about))
     with pytest.raises(ValueError, match="to have forward spans of stage 1, got none"):
         calibrate(replace(run, spans=tuple(s for s in run.spans if s.rank == 0)))

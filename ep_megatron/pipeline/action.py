@@ -2,10 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from typing import Any
 
 
 class Kind(Enum):
@@ -212,6 +213,16 @@ class Schedule:
         )
         return replace(self, actions=full)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return values that JSON can hold, for `schedule_from_json`."""
+        return {
+            "schedule": self.name,
+            "num_microbatches": self.num_microbatches,
+            "stages": [list(stages) for stages in self.stages],
+            "directions": list(self.directions),
+            "actions": [" ".join(map(str, actions)) for actions in self.actions],
+        }
+
     def digest(self) -> str:
         """Return a hash of all of it, for ranks to find out whether they hold the same schedule.
 
@@ -221,3 +232,26 @@ class Schedule:
         text = repr((self.num_microbatches, self.stages, self.directions))
         text += "|".join(" ".join(map(str, rank)) for rank in self.actions)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def schedule_from_json(content: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that `Schedule.to_json` wrote; it is not checked.
+
+    Raises:
+        ValueError: names what is missing or wrong.
+    """
+    try:
+        return Schedule(
+            name=str(content["schedule"]),
+            num_microbatches=int(content["num_microbatches"]),
+            stages=tuple(tuple(map(int, stages)) for stages in content["stages"]),
+            directions=tuple(map(int, content["directions"])),
+            actions=tuple(
+                tuple(map(parse_action, actions.split())) for actions in content["actions"]
+            ),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "schedule_from_json: expected schedule, num_microbatches, stages, directions and "
+            f"actions, got {', '.join(map(str, content)) or 'nothing'} ({error!r})"
+        ) from None

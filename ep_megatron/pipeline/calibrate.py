@@ -1,15 +1,14 @@
 """From a measured run to costs: what each node took, so that the run can be simulated."""
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
-from ep_megatron.pipeline.action import Kind, Schedule
+from ep_megatron.pipeline.action import Kind, Schedule, schedule_from_json
+from ep_megatron.pipeline.check import check
 from ep_megatron.pipeline.costs import Costs, Exchange, Piece, StageCosts
 from ep_megatron.pipeline.measures import union, without
 from ep_megatron.pipeline.program import Options
-from ep_megatron.pipeline.schedule import make_schedule
 from ep_megatron.pipeline.trace import Span, Timeline
 
 _WAITED = 0.5
@@ -40,13 +39,13 @@ def calibrate(timeline: Timeline) -> Measured:
     where a run has no spans of kind W, the weights' half is in it.
 
     Args:
-        timeline: with `schedule`, `num_microbatches` and `num_chunks` in its description, and
-            `mirrored` and `options` (the fields of `Options`) where they differ from the defaults.
+        timeline: whose description `program.describe` has made.
 
     Raises:
         ValueError: names what the trace lacks.
     """
-    schedule = _schedule(timeline)
+    schedule = schedule_from_json(timeline.description)
+    check(schedule)
     stages: list[StageCosts] = []
     for stage in range(schedule.num_stages):
         places = [schedule.place_of(stage, d) for d in range(schedule.num_directions)]
@@ -71,17 +70,6 @@ def calibrate(timeline: Timeline) -> Measured:
     return Measured(schedule, options, Costs(tuple(stages), min(flights, default=0.0)))
 
 
-def describe(schedule: Schedule, options: Options, is_mirrored: bool = False) -> dict[str, Any]:
-    """Return what a run's trace has to say so that `calibrate` understands it."""
-    return {
-        "schedule": schedule.name,
-        "num_microbatches": schedule.num_microbatches,
-        "num_chunks": schedule.num_chunks,
-        "mirrored": is_mirrored,
-        "options": asdict(options),
-    }
-
-
 def name_halves(timeline: Timeline, schedule: Schedule) -> Timeline:
     """Return a run's timeline with the backward spans of I actions told apart from those of B."""
     spans = tuple(
@@ -91,19 +79,6 @@ def name_halves(timeline: Timeline, schedule: Schedule) -> Timeline:
         for span in timeline.spans
     )
     return replace(timeline, spans=spans)
-
-
-def _schedule(timeline: Timeline) -> Schedule:
-    about = timeline.description
-    missing = [key for key in ("schedule", "num_microbatches", "num_chunks") if key not in about]
-    if missing:
-        raise ValueError(
-            f"calibrate: expected the trace's otherData to have {', '.join(missing)}, "
-            f"got {', '.join(map(str, about)) or 'none'}"
-        )
-    name, chunks = str(about["schedule"]), int(about["num_chunks"])
-    schedule = make_schedule(name, timeline.num_ranks, int(about["num_microbatches"]), chunks)
-    return schedule.mirrored() if about.get("mirrored") else schedule
 
 
 def _stage(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ep_megatron.backends.meeting import Meeting
+from ep_megatron.pipeline import program
 from ep_megatron.pipeline.action import Schedule
 from ep_megatron.pipeline.check import check
 from ep_megatron.pipeline.duties import Request, Step, expert_group, groups_of, message_shape
@@ -223,6 +224,14 @@ class ForwardBackward:
             message_shape=shape,
             message_dtype=step.config.pipeline_dtype or step.config.params_dtype,
         )
+        if self.recorder is not None:
+            how = program.Options(
+                pairs=options.overlap,
+                host_runs_ahead=False,
+                launch_early=options.launch_early,
+                whole_actions=True,
+            )
+            self.recorder.description = program.describe(schedule, how)
         hooks = Hooks(step.make_pass, step.forward_done, step.backward, step.chunk_done)
         with step.running():
             Runtime(schedule, group.rank(), wire, hooks, options, self.recorder).run()

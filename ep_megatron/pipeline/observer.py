@@ -4,9 +4,9 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
-from ep_megatron.pipeline.trace import Span
+from ep_megatron.pipeline.trace import Span, Timeline
 
 
 class Observer(Protocol):
@@ -58,8 +58,16 @@ class Recorder:
         self.step = 0
         """Index of the action under way in the rank's schedule."""
         self.spans: list[Span] = []
+        self.description: dict[str, Any] = {}
+        """What was run: see `program.describe`."""
         self._start = time.time_ns() / 1e3 - time.perf_counter() * 1e6
         self._comm_end = 0.0
+
+    def timeline(self, title: str) -> Timeline:
+        """Return this rank's spans with what was run; `write_trace` writes them."""
+        num_ranks = len(self.description.get("stages", ())) or self.rank + 1
+        description = self.description | {"measured": True}
+        return Timeline(title, num_ranks, tuple(self.spans), description)
 
     def now(self) -> float:
         """Return microseconds since the epoch, never going back."""

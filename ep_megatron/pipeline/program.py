@@ -11,7 +11,8 @@ other's compute:
 Source: arXiv:2412.19437, figure 4, and the order of nodes in github.com/deepseek-ai/profile-data.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ep_megatron.pipeline.action import Action, Kind, Schedule
 from ep_megatron.pipeline.check import Event, gives, needs
@@ -42,6 +43,11 @@ class Options:
     host_runs_ahead: bool = True
     launch_early: bool = True
     whole_actions: bool = False
+
+
+def describe(schedule: Schedule, options: Options) -> dict[str, Any]:
+    """Return what a timeline's description says of a run, so that it can be simulated again."""
+    return schedule.to_json() | {"options": asdict(options)}
 
 
 @dataclass(eq=False, slots=True)

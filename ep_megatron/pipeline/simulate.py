@@ -7,7 +7,7 @@ from ep_megatron.pipeline.check import check, peak_activations
 from ep_megatron.pipeline.costs import Costs
 from ep_megatron.pipeline.engine import Engine
 from ep_megatron.pipeline.measures import RankMeasure, measure
-from ep_megatron.pipeline.program import Options, program
+from ep_megatron.pipeline.program import Options, describe, program
 from ep_megatron.pipeline.trace import Timeline
 
 
@@ -88,12 +88,7 @@ def simulate(
         )
     programs = [program(schedule, costs, options, rank) for rank in range(schedule.num_ranks)]
     spans = Engine(schedule, programs, costs.p2p, costs.compute_share).run()
-    description = {
-        "schedule": schedule.name,
-        "num_microbatches": schedule.num_microbatches,
-        "num_chunks": schedule.num_chunks,
-        "measured": False,
-    }
+    description = describe(schedule, options) | {"measured": False}
     timeline = Timeline(title or schedule.name, schedule.num_ranks, tuple(spans), description)
     sizes = [[costs.stages[s].activation_bytes for s in stages] for stages in schedule.stages]
     parameters = tuple(

@@ -61,9 +61,8 @@ class Timeline:
         title: one line for people.
         num_ranks: pipeline ranks.
         spans: in any order.
-        description: what the run was, JSON values: `schedule`, `num_microbatches`, `num_chunks`;
-            `mirrored` where the schedule is; `options`, how ranks ran it, by the fields of
-            `program.Options`; `measured`; and whatever else. A run is simulated again from these.
+        description: what the run was, JSON values: what `program.describe` returns, from which it
+            can be simulated again; `measured`; and whatever else.
     """
 
     title: str
