@@ -63,8 +63,16 @@ Dispatched dispatch(Exchange& exchange,
                     uintptr_t routes,
                     const std::optional<std::vector<int64_t>>& num_rows_per_rank,
                     const std::optional<std::vector<int64_t>>& valid_per_expert,
-                    const std::optional<DispatchCast>& cast) {
+                    const std::optional<DispatchCast>& cast,
+                    const std::shared_ptr<Block>& block,
+                    const py::object& on_planned) {
     DispatchArgs args{};
+    args.block = block;
+    if (!on_planned.is_none())
+        args.on_planned = [&on_planned](const Dispatched& planned) {
+            const py::gil_scoped_acquire gil;
+            on_planned(planned);
+        };
     args.call = call;
     args.operation = num_rows_per_rank ? kCachedDispatch : kDispatch;
     args.routing.topk_idx = pointer<void>(topk_idx);
@@ -144,14 +152,18 @@ void bind_exchange(py::module_& m) {
     py::class_<Dispatched>(m, "Dispatched")
         .def_readonly("is_agreed", &Dispatched::is_agreed)
         .def_readonly("block", &Dispatched::block)
-        .def_readonly("scales_at", &Dispatched::scales_at)
-        .def_readonly("weights_at", &Dispatched::weights_at)
-        .def_readonly("idx_at", &Dispatched::idx_at)
         .def_readonly("must_copy", &Dispatched::must_copy)
         .def_readonly("num_rows_per_rank", &Dispatched::num_rows_per_rank)
         .def_readonly("num_tokens_per_rank", &Dispatched::num_tokens_per_rank)
         .def_readonly("num_recv_tokens_per_rank", &Dispatched::num_recv_tokens_per_rank)
         .def_readonly("valid_per_expert", &Dispatched::valid_per_expert);
+    // Where scales, weights and expert ids of received rows start, and where the last end.
+    m.def("sections", [](const std::tuple<size_t, size_t, size_t, size_t>& row_bytes,
+                         int64_t num_rows, int num_topk, bool expand, bool by_column) {
+        const auto& [x, scales, weights, idx] = row_bytes;
+        const Sections sections({x, scales, weights, idx, by_column}, num_rows, num_topk, expand);
+        return std::make_tuple(sections.scales, sections.weights, sections.idx, sections.end);
+    });
     py::class_<Exchange::Report>(m, "Report")
         .def_readonly("call", &Exchange::Report::call)
         .def_readonly("error", &Exchange::Report::error)
@@ -169,6 +181,8 @@ void bind_exchange(py::module_& m) {
         .def("report_failure", &Exchange::report_failure, "operation"_a, "error"_a, no_gil)
         .def("reports", &Exchange::reports)
         .def("allocate", &Exchange::allocate, "num_bytes"_a, no_gil)
+        .def("interrupt", &Exchange::interrupt)
+        .def("limit_threads", &Exchange::limit_threads, "num_threads"_a)
         .def("close", &Exchange::close, no_gil)
         .def_property_readonly("is_broken", &Exchange::is_broken)
         .def_property_readonly("committed", &Exchange::committed)

@@ -1,6 +1,6 @@
 """The compiled CPU side (csrc/bindings_cpu.cpp). Addresses are not checked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 def row_kernel_names() -> list[str]:
     """Name the builds of the row kernels that this CPU runs, slowest first."""
@@ -59,9 +59,6 @@ class Dispatched:
 
     is_agreed: bool
     block: Block
-    scales_at: int
-    weights_at: int
-    idx_at: int
     must_copy: bool
     num_rows_per_rank: list[int]
     num_tokens_per_rank: list[int]
@@ -106,6 +103,8 @@ class Exchange:
         num_rows_per_rank: Sequence[int] | None,
         valid_per_expert: Sequence[int] | None,
         cast: tuple[str, int, tuple[int, int, float], bool] | None,
+        block: Block | None,
+        on_planned: Callable[[Dispatched], None] | None,
         /,
     ) -> Dispatched:
         """Dispatch rows (x, scales, weights), routed by (T, K, E, expand, alignment).
@@ -145,6 +144,8 @@ class Exchange:
     def report_failure(self, operation: int, error: str) -> None: ...
     def reports(self) -> list[Report]: ...
     def allocate(self, num_bytes: int) -> Block | None: ...
+    def interrupt(self) -> None: ...
+    def limit_threads(self, num_threads: int) -> None: ...
     def close(self) -> None: ...
     @property
     def is_broken(self) -> bool: ...
@@ -152,6 +153,16 @@ class Exchange:
     def committed(self) -> int: ...
     @property
     def num_bytes_in_use(self) -> int: ...
+
+def sections(
+    row_bytes: tuple[int, int, int, int],
+    num_rows: int,
+    num_topk: int,
+    expand: bool,
+    scales_by_column: bool,
+    /,
+) -> tuple[int, int, int, int]:
+    """Return where (scales, weights, idx) of received rows start, and where the last end."""
 
 def remove_stale_segments(folder: str, prefix: str) -> int:
     """Remove segments whose owner died before it could; return how many."""

@@ -1,7 +1,9 @@
-"""Checks of what users pass to a Buffer: once, here, with what was expected and what came."""
+"""Checks of what users pass to a Buffer: once, here, with what was expected and what came.
+
+Only shapes, dtypes and devices are looked at: what a tensor holds may not be written yet.
+"""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ MAX_TOPK = 128
 
 
 def check_rows(operation: str, name: str, x: Tensor, num_rows: int | None = None) -> Tensor:
-    """Return `x` contiguous, or raise: `[num_rows, H]`, known dtype, rows of 16-byte multiples."""
+    """Return `x`, or raise: `[num_rows, H]`, known dtype, rows of 16-byte multiples."""
     _check_tensor(operation, name, x)
     if x.ndim != 2 or (num_rows is not None and len(x) != num_rows):
         expected = "*" if num_rows is None else str(num_rows)
@@ -32,7 +34,7 @@ def check_rows(operation: str, name: str, x: Tensor, num_rows: int | None = None
             "a multiple of 16 bytes",
             f"{x.shape[1]} x {x.element_size()} bytes",
         )
-    return x.contiguous()
+    return x
 
 
 def check_sum_dtype(operation: str, name: str, x: Tensor) -> None:
@@ -42,7 +44,7 @@ def check_sum_dtype(operation: str, name: str, x: Tensor) -> None:
 
 
 def check_topk_idx(operation: str, topk_idx: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """Return `topk_idx` contiguous, or raise: `[T, K]` int32 or int64. See `check_topk_range`."""
+    """Return `topk_idx`, or raise: `[T, K]` int32 or int64. See `check_topk_range`."""
     _check_tensor(operation, "topk_idx", topk_idx)
     if topk_idx.ndim != 2 or not 1 <= topk_idx.shape[1] <= MAX_TOPK:
         raise _error(operation, "topk_idx", f"[*, 1..{MAX_TOPK}]", str(list(topk_idx.shape)))
@@ -51,7 +53,7 @@ def check_topk_idx(operation: str, topk_idx: Tensor, num_experts: int, num_ranks
     if topk_idx.numel() > MAX_ROWS:
         raise _error(operation, "topk_idx", f"at most {MAX_ROWS} slots", str(topk_idx.numel()))
     check_num_experts(operation, num_experts, num_ranks)
-    return topk_idx.contiguous()
+    return topk_idx
 
 
 def check_topk_range(operation: str, topk_idx: Tensor, num_experts: int) -> None:
@@ -87,17 +89,17 @@ def check_alignment(operation: str, alignment: int) -> None:
 def check_weights(
     operation: str, topk_weights: Tensor, shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Return `topk_weights` contiguous, or raise: `shape`, float32 or float64, on `device`."""
+    """Return `topk_weights`, or raise: `shape`, float32 or float64, on `device`."""
     _check_tensor(operation, "topk_weights", topk_weights, device)
     if list(topk_weights.shape) != list(shape):
         raise _error(operation, "topk_weights", str(list(shape)), str(list(topk_weights.shape)))
     if topk_weights.dtype not in (torch.float32, torch.float64):
         raise _error(operation, "topk_weights", "float32 or float64", _names([topk_weights.dtype]))
-    return topk_weights.contiguous()
+    return topk_weights
 
 
 def check_scales(operation: str, scales: Tensor, x: Tensor) -> Tensor:
-    """Return `scales` contiguous, or raise: `[T, S]` float32 or int32 beside 1-byte rows."""
+    """Return `scales`, or raise: `[T, S]` float32 or int32 beside 1-byte rows."""
     _check_tensor(operation, "x_scales", scales, x.device)
     if scales.ndim != 2 or len(scales) != len(x) or scales.shape[1] == 0:
         raise _error(operation, "x_scales", f"[{len(x)}, scales]", str(list(scales.shape)))
@@ -105,7 +107,7 @@ def check_scales(operation: str, scales: Tensor, x: Tensor) -> Tensor:
         raise _error(operation, "x_scales", "float32 or int32", _names([scales.dtype]))
     if x.element_size() != 1:
         raise _error(operation, "x beside x_scales", "a 1-byte dtype", _names([x.dtype]))
-    return scales.contiguous()
+    return scales
 
 
 def dispatch_rows(
@@ -117,13 +119,11 @@ def dispatch_rows(
     recipe: Fp8Recipe | None = None,
     widen_to: torch.dtype | None = None,
 ) -> tuple[Rows, Routing | DispatchHandle]:
-    """Check everything that a fresh or cached dispatch takes; return it contiguous."""
+    """Check everything that a fresh or cached dispatch takes, without reading it."""
     data, scales = x if isinstance(x, tuple) else (x, None)
     if isinstance(routing, Routing):
         topk_idx = check_topk_idx(operation, routing.topk_idx, routing.num_experts, num_ranks)
         check_alignment(operation, routing.expert_alignment)
-        if topk_idx is not routing.topk_idx:
-            routing = replace(routing, topk_idx=topk_idx)
         num_tokens, num_topk = topk_idx.shape
         if isinstance(data, Tensor) and topk_idx.device != data.device:
             raise _error(operation, "topk_idx", f"on {data.device} like x", str(topk_idx.device))
@@ -174,7 +174,7 @@ def combine_rows(
     handle: DispatchHandle,
     num_ranks: int,
 ) -> tuple[Rows, Sequence[Tensor]]:
-    """Check everything that combine takes; return it contiguous."""
+    """Check everything that combine takes, without reading it."""
     check_handle(operation, handle, num_ranks)
     x = check_rows(operation, "x", x, handle.num_recv_rows)
     check_sum_dtype(operation, "x", x)
@@ -192,7 +192,7 @@ def combine_rows(
                 f"{_names([x.dtype])} [{handle.num_tokens}, {x.shape[1]}] on {x.device}",
                 f"{_names([bias.dtype])} {list(bias.shape)} on {bias.device}",
             )
-    return Rows(x, topk_weights=topk_weights), [bias.contiguous() for bias in biases]
+    return Rows(x, topk_weights=topk_weights), biases
 
 
 def check_handle(operation: str, handle: DispatchHandle, num_ranks: int) -> None:

@@ -19,12 +19,14 @@ from ep_megatron.arguments import (
     dispatch_rows,
 )
 from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.calls import Calls
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.streams import EventHandle, EventOverlap
 
 _Checked = TypeVar("_Checked")
+_Announce = Callable[[tuple[Rows, DispatchHandle]], None]
 LayoutResult = tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]
 
 
@@ -32,11 +34,12 @@ class Buffer:
     """Dispatch and combine for the ranks of one process group.
 
     Collective constructor. One Buffer serves any number of layers and micro-batches at a time:
-    what a dispatch leaves for its combine is in the handle. On a CPU every call has finished when
-    it returns; it releases the GIL while it waits and moves rows, and hears Ctrl-C. Calls of one
-    Buffer must come in the same order on all ranks. Bad arguments on one rank raise a ValueError
-    on every rank, and the Buffer stays usable; a rank that stops raises a RuntimeError that names
-    it on the others, within `config.timeout`.
+    what a dispatch leaves for its combine is in the handle. A call releases the GIL while it waits
+    and moves rows, and hears Ctrl-C. With `async_finish` it is queued on the Buffer's communication
+    stream, which on a CPU is a worker thread, and its outputs are filled once its event is complete
+    (docs/api.md, Asynchronous calls). Calls of one Buffer must come in the same order on all ranks.
+    Bad arguments on one rank raise a ValueError on every rank, and the Buffer stays usable; a rank
+    that stops raises a RuntimeError that names it on the others, within `config.timeout`.
 
     Args:
         group: the expert-parallel ranks; any size from 1 up.
@@ -76,6 +79,7 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
         self._backend: Backend = backends.choose(group, self.config)
+        self._calls = Calls(self._backend)
         self.rank, self.group_size = self._backend.rank, self._backend.num_ranks
 
     @property
@@ -84,7 +88,12 @@ class Buffer:
         return self._backend.name
 
     def destroy(self) -> None:
-        """Free the Buffer's memory now. Local; tensors received through it stay valid."""
+        """Free the Buffer's memory now, behind queued calls.
+
+        Local; tensors received through the Buffer stay valid.
+        """
+        self._calls.stream.synchronize()
+        self._calls.stream.close()
         self._backend.close()
 
     @staticmethod
@@ -96,7 +105,7 @@ class Buffer:
         self,
         topk_idx: Tensor,
         num_experts: int,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> LayoutResult:
@@ -108,7 +117,7 @@ class Buffer:
             topk_idx: `[T, K]` int64 or int32 in `[0, num_experts)`, or -1 where a slot is unused.
             num_experts: experts on all ranks.
             previous_event: waited for first.
-            async_finish: whether to return an event.
+            async_finish: whether to queue the counting and return an event.
             allocate_on_comm_stream: accepted, as everything is allocated where it is used.
 
         Returns:
@@ -118,17 +127,21 @@ class Buffer:
             is_token_in_rank: `[T, R]` bool.
             event: complete when the four are.
         """
-        _wait(previous_event)
-        topk_idx = check_topk_idx("get_dispatch_layout", topk_idx, num_experts, self.group_size)
-        check_topk_range("get_dispatch_layout", topk_idx, num_experts)
-        counts = layout.count_tokens(topk_idx, num_experts, self.group_size)
-        return (
-            counts.num_tokens_per_rank,
-            None,
-            counts.num_tokens_per_expert,
-            counts.is_token_in_rank,
-            _event(async_finish),
-        )
+        operation = "get_dispatch_layout"
+        check_topk_idx(operation, topk_idx, num_experts, self.group_size)
+        per_rank = topk_idx.new_empty(self.group_size, dtype=torch.int32)
+        per_expert = topk_idx.new_empty(num_experts, dtype=torch.int32)
+        is_token_in_rank = topk_idx.new_empty(len(topk_idx), self.group_size, dtype=torch.bool)
+
+        def count() -> None:
+            check_topk_range(operation, topk_idx, num_experts)
+            counts = layout.count_tokens(topk_idx, num_experts, self.group_size)
+            per_rank.copy_(counts.num_tokens_per_rank)
+            per_expert.copy_(counts.num_tokens_per_expert)
+            is_token_in_rank.copy_(counts.is_token_in_rank)
+
+        event = self._calls.run_local(operation, count, topk_idx, previous_event, async_finish)
+        return per_rank, None, per_expert, is_token_in_rank, event
 
     def dispatch(
         self,
@@ -143,7 +156,7 @@ class Buffer:
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
         config: Any = None,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         *,
@@ -180,7 +193,7 @@ class Buffer:
             num_worst_tokens: must be 0; a fixed capacity is not there yet.
             config: accepted; the protocol has no chunk sizes to tune.
             previous_event: waited for first.
-            async_finish: whether to return an event.
+            async_finish: whether to queue the call and return an event.
             allocate_on_comm_stream: accepted, as everything is allocated where it is used.
             num_experts: instead of `num_tokens_per_expert`.
             expand: rows arrive expert-major, one per (token, local expert), each expert's block
@@ -207,7 +220,6 @@ class Buffer:
             RuntimeError: if a rank stopped or did not come in time.
             NotImplementedError: for `num_worst_tokens`.
         """
-        _wait(previous_event)
         if num_worst_tokens:
             raise NotImplementedError(
                 "dispatch: expected num_worst_tokens to be 0, got "
@@ -215,7 +227,7 @@ class Buffer:
             )
         if handle is not None:
             return self._dispatch_again(
-                x, topk_idx, topk_weights, handle, async_finish, fp8, widen_to
+                x, topk_idx, topk_weights, handle, previous_event, async_finish, fp8, widen_to
             )
 
         def check() -> tuple[Rows, Routing | DispatchHandle]:
@@ -230,16 +242,28 @@ class Buffer:
                 "dispatch", x, topk_weights, routing, self.group_size, fp8, widen_to
             )
 
-        rows, routing = self._checked("dispatch", check)
+        rows, routing = self._checked("dispatch", check, async_finish)
         assert isinstance(routing, Routing)
-        received, new_handle = self._backend.dispatch(rows, routing)
+        fresh: Routing = routing
+
+        def call(announce: _Announce | None) -> tuple[Rows, DispatchHandle]:
+            tell = None if announce is None else lambda *planned: announce(planned)
+            return self._backend.dispatch(rows, fresh, tell)
+
+        (received, new_handle), event = self._calls.begin(
+            "dispatch",
+            call,
+            inputs=(*rows.tensors(), fresh.topk_idx),
+            previous_event=previous_event,
+            async_finish=async_finish,
+        )
         return (
             _with_scales(received),
             received.topk_idx,
             received.topk_weights,
             list(new_handle.num_recv_tokens_per_expert),
             new_handle,
-            _event(async_finish),
+            event,
         )
 
     def combine(
@@ -249,14 +273,14 @@ class Buffer:
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, ...] | None = None,
         config: Any = None,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """Bring rows back to their tokens and sum them, unweighted.
 
         Collective. Not differentiable: see `ep_megatron.autograd.fused_combine`. `x` is read before
-        the call returns.
+        the call returns, or before the event is complete.
 
         Args:
             x: `[M, H]` (`[N, H]` with an expert-major handle), bfloat16, float16, float32 or
@@ -266,7 +290,7 @@ class Buffer:
             bias: one or two `[T, H]` tensors the sum starts from.
             config: accepted, see `dispatch`.
             previous_event: waited for first.
-            async_finish: whether to return an event.
+            async_finish: whether to queue the call and return an event.
             allocate_on_comm_stream: accepted, see `dispatch`.
 
         Returns:
@@ -280,14 +304,21 @@ class Buffer:
             ValueError: on every rank, if an argument of one is not as above or ranks disagree.
             RuntimeError: if a rank stopped or did not come in time.
         """
-        _wait(previous_event)
         biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
         rows, checked_biases = self._checked(
             "combine",
             lambda: combine_rows("combine", x, topk_weights, biases, handle, self.group_size),
+            async_finish,
         )
-        combined_x, combined_weights = self._backend.combine(rows, handle, checked_biases)
-        return combined_x, combined_weights, _event(async_finish)
+        combined = self._backend.new_combined(rows, handle)
+        event = self._calls.run(
+            "combine",
+            lambda: self._backend.combine(rows, handle, checked_biases, combined),
+            inputs=(*rows.tensors(), *checked_biases),
+            previous_event=previous_event,
+            async_finish=async_finish,
+        )
+        return *combined, event
 
     def _dispatch_again(
         self,
@@ -295,6 +326,7 @@ class Buffer:
         topk_idx: Tensor | None,
         topk_weights: Tensor | None,
         handle: DispatchHandle,
+        previous_event: EventOverlap | EventHandle | None,
         async_finish: bool,
         fp8: Fp8Recipe | None,
         widen_to: torch.dtype | None,
@@ -309,28 +341,29 @@ class Buffer:
                 )
             return dispatch_rows(operation, x, topk_weights, handle, self.group_size, fp8, widen_to)
 
-        rows, _ = self._checked(operation, check)
-        received = self._backend.dispatch_again(rows, handle)
-        weights = received.topk_weights
-        return _with_scales(received), None, weights, None, None, _event(async_finish)
+        rows, _ = self._checked(operation, check, async_finish)
+        received = self._backend.new_received(rows, handle) if async_finish else None
+        result: list[Rows] = [] if received is None else [received.rows]
+        event = self._calls.run(
+            operation,
+            lambda: result.append(self._backend.dispatch_again(rows, handle, received)),
+            inputs=rows.tensors(),
+            previous_event=previous_event,
+            async_finish=async_finish,
+        )
+        arrived = result[0]
+        return _with_scales(arrived), None, arrived.topk_weights, None, None, event
 
-    def _checked(self, operation: str, check: Callable[[], _Checked]) -> _Checked:
+    def _checked(
+        self, operation: str, check: Callable[[], _Checked], async_finish: bool
+    ) -> _Checked:
         """Return `check()`; if it fails here, let the other ranks hear of it before raising."""
         try:
             return check()
         except ValueError as error:
-            self._backend.fail(operation, str(error).removeprefix(f"{operation}: "))
+            text = str(error).removeprefix(f"{operation}: ")
+            self._calls.fail(operation, text, async_finish)
             raise
-
-
-def _wait(event: EventOverlap | None) -> None:
-    # DeepEP's callers pass on what a synchronous call returned: an EventOverlap without an event.
-    if event is not None and event.event is not None:
-        event.current_stream_wait()
-
-
-def _event(async_finish: bool) -> EventOverlap:
-    return EventOverlap(EventHandle() if async_finish else None)
 
 
 def _with_scales(rows: Rows) -> Tensor | tuple[Tensor, Tensor]:

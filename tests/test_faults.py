@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -122,6 +125,29 @@ def raise_between(rank: int, buffer: Buffer) -> None:
     buffer.combine(recv_x, handle)
 
 
+def die_with_work_queued(rank: int, buffer: Buffer) -> Any:
+    """Rank 1 dies while the others have queued calls that need it; each event tells."""
+    recv_x, _, _, handle = send(buffer, CASE, rank, True, torch.float32)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    events = [buffer.combine(recv_x, handle, async_finish=True)[2] for _ in range(3)]
+    messages = []
+    for event in events:
+        with pytest.raises(RuntimeError) as raised:
+            event.current_stream_wait()
+        messages.append(str(raised.value))
+    assert all("one that broke down" in message for message in messages[1:])
+    return messages[0]
+
+
+def be_interrupted_with_work_queued(rank: int, buffer: Buffer) -> None:
+    recv_x, _, _, handle = send(buffer, CASE, rank, True, torch.float32)
+    if rank == 1:
+        time.sleep(2)
+    buffer.combine(recv_x, handle, async_finish=True)[2].current_stream_wait()
+
+
 def be_interrupted(rank: int, buffer: Buffer) -> None:
     if rank == 1:
         time.sleep(2)
@@ -189,6 +215,62 @@ def test_a_rank_killed_in_a_wait_is_named_by_all_who_wait_for_it() -> None:
             kind, message, _ = ranks.answer(rank)
             assert kind == "RuntimeError"
             assert "rank 1 is gone" in message or "rank 0 gave up" in message
+
+
+@pytest.mark.parametrize("backend", ["shared_memory", "process_group"])
+def test_queued_calls_name_a_killed_rank(backend: str) -> None:
+    with Ranks(backend, die_with_work_queued) as ranks:
+        ranks.go()
+        for rank in (0, 2):
+            kind, message, seconds = ranks.answer(rank)
+            assert kind == "returned", message
+            assert "rank 1" in message
+            assert seconds < TIMEOUT + 3  # not once per call
+
+
+def test_a_wait_for_queued_work_hears_ctrl_c() -> None:
+    with Ranks("shared_memory", be_interrupted_with_work_queued) as ranks:
+        ranks.go()
+        time.sleep(0.5)
+        os.kill(ranks.pid(0), signal.SIGINT)
+        kind, _, seconds = ranks.answer(0)
+        assert kind == "KeyboardInterrupt"
+        assert seconds < 1.5
+        for rank in (1, 2):
+            kind, message, _ = ranks.answer(rank)
+            assert kind == "RuntimeError"
+            assert "rank 0 gave up in call 3" in message
+
+
+@pytest.mark.parametrize("backend", ["shared_memory", "process_group"])
+def test_a_rank_ends_with_work_in_flight(backend: str, tmp_path: Path) -> None:
+    """A script may end without waiting for its last call: the other, who is late, gets its rows."""
+    code = """
+import sys, time, torch, torch.distributed as dist
+from ep_megatron import Buffer
+rank, backend, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+buffer = Buffer(dist.group.WORLD, backend=backend)
+idx = torch.tensor([[0, 1], [1, 0]])
+x, _, _, _, handle, _ = buffer.dispatch(torch.ones(2, 8), topk_idx=idx, num_experts=2, expand=True)
+if rank == 1:
+    time.sleep(1)
+out, _, event = buffer.combine(x, handle, async_finish=True)
+if rank == 1:
+    event.current_stream_wait()
+    print(out.sum().item())
+"""
+    arguments = [backend, str(tmp_path / "store")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), *arguments], stdout=PIPE, stderr=PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(ranks):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out == ("32.0\n" if rank else ""), err
 
 
 @pytest.mark.parametrize("backend", ["shared_memory", "process_group"])

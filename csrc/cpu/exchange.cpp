@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <limits>
 
 #include "core/errors.h"
@@ -159,7 +160,7 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
                         text("expected topk_idx to be in [0, ", args.routing.num_experts,
                              "), or -1 for an unused slot, got ", wrong));
     }
-    std::shared_ptr<Block> block = arena_->allocate_largest();
+    std::shared_ptr<Block> block = args.block != nullptr ? args.block : arena_->allocate_largest();
     if (block != nullptr) {
         post.rows_offset = block->offset();
         post.rows_bytes = block->num_bytes();
@@ -176,16 +177,19 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
     for (size_t rank = 0; rank < rows.size(); ++rank)
         targets.push_back({rows[rank], Sections(args.row_bytes, result.num_rows_per_rank[rank],
                                                 args.routing.num_topk, args.routing.expand)});
-    push(args, targets);
-    const Sections& sections = targets[static_cast<size_t>(rank_)].sections;
-    result.scales_at = sections.scales;
-    result.weights_at = sections.weights;
-    result.idx_at = sections.idx;
     result.block = block;
+    result.must_copy = arena_->num_bytes_in_use() > options_.max_view_bytes;
+    std::exception_ptr error;
+    try {
+        if (args.on_planned) args.on_planned(result);
+    } catch (...) {
+        error = std::current_exception();
+    }
+    push(args, targets);
     clear_padding(args, result);
     meeting_->finish();
     meeting_->wait_finished();
-    result.must_copy = arena_->num_bytes_in_use() > options_.max_view_bytes;
+    if (error != nullptr) std::rethrow_exception(error);
     return result;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 // Dispatch and combine between the ranks of one host: every row goes straight to its address.
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -42,6 +43,8 @@ struct Sections {
     size_t num_scale_rows;     // this many words
 };
 
+struct Dispatched;
+
 struct DispatchArgs {
     uint32_t operation;  // dispatch or cached dispatch
     std::vector<int64_t> call;
@@ -53,14 +56,17 @@ struct DispatchArgs {
     std::optional<Fp8Cast> cast;             // x is cast on its way; its scales are made, not given
     const char* x;
     const char* scales;
-    const char* weights;  // [T, K]
+    const char* weights;           // [T, K]
+    std::shared_ptr<Block> block;  // where rows shall arrive; null: in the arena's largest part
+    /// Called once every size is known, before a row moves, from the calling thread. May throw: the
+    /// rows move all the same, as the other ranks count on it, and then dispatch throws.
+    std::function<void(const Dispatched&)> on_planned;
 };
 
 struct Dispatched {
     bool is_agreed = false;
-    std::shared_ptr<Block> block;
-    size_t scales_at = 0, weights_at = 0, idx_at = 0;  // where the parts start in it
-    bool must_copy = false;                            // too many bytes are in views already
+    std::shared_ptr<Block> block;  // its parts lie as Sections says
+    bool must_copy = false;        // too many bytes are in views already
     std::vector<int64_t> num_rows_per_rank;
     std::vector<int64_t> num_tokens_per_rank;       // this rank's, by destination
     std::vector<int64_t> num_recv_tokens_per_rank;  // by source
@@ -121,6 +127,12 @@ class Exchange {
     /// page by page; null when views hold as much as they may.
     std::shared_ptr<Block> allocate(size_t num_bytes);
 
+    /// Make a call that waits in another thread give up; nothing else may follow but close().
+    void interrupt() {
+        if (meeting_ != nullptr) meeting_->interrupt();
+    }
+    /// Move rows on at most as many threads, within `options.num_threads`.
+    void limit_threads(int num_threads) { workers_.limit(num_threads); }
     void close();
     int num_ranks() const { return static_cast<int>(segments_.size()); }
     /// Whether a call broke down: no other will go on.

@@ -148,6 +148,8 @@ void Meeting::look_around(const char* phase, const IsMissing& is_missing, double
         broken_ = text("interrupted in ", operation_name(), ", call ", epoch_);
         throw;
     }
+    if (is_interrupted_.load(std::memory_order_relaxed))
+        break_down(text("rank ", rank_, " was interrupted, or its process ends"));
     std::string late;
     for (int peer = 0; peer < num_ranks(); ++peer) {
         const uint32_t gave_up = control(peer).gave_up.load(std::memory_order_acquire);

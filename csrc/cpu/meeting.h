@@ -1,5 +1,6 @@
 #pragma once
 // How the ranks of one host meet: posts, flags, and waits that end with an answer or with a name.
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -49,6 +50,8 @@ class Meeting {
     int num_ranks() const { return static_cast<int>(segments_.size()); }
     /// Let the others know that this rank will not come again.
     void leave();
+    /// From another thread: the wait of the current call, or the next one, ends with an error.
+    void interrupt() { is_interrupted_.store(true, std::memory_order_relaxed); }
 
  private:
     Control& control(int rank) const {
@@ -74,6 +77,7 @@ class Meeting {
     uint32_t epoch_ = 0;
     uint32_t operation_ = 0;
     std::string broken_;
+    std::atomic<bool> is_interrupted_ = false;
 };
 
 }  // namespace ep

@@ -26,8 +26,9 @@ Workers::~Workers() {
 }
 
 void Workers::run(int64_t count, int64_t grain, const Range& range) {
+    const int num_threads = std::clamp(limit_.load(std::memory_order_relaxed), 1, num_threads_);
     const auto num_parts =
-        static_cast<int>(std::clamp<int64_t>(count / std::max<int64_t>(grain, 1), 1, num_threads_));
+        static_cast<int>(std::clamp<int64_t>(count / std::max<int64_t>(grain, 1), 1, num_threads));
     if (num_parts == 1) {
         if (count > 0) range(0, count);
         return;

@@ -1,5 +1,6 @@
 #pragma once
 // A fixed number of threads that share one loop.
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -13,7 +14,7 @@ namespace ep {
 /// the first loop that is worth sharing, so a budget of one costs nothing.
 class Workers {
  public:
-    explicit Workers(int num_threads) : num_threads_(num_threads) {}
+    explicit Workers(int num_threads) : num_threads_(num_threads), limit_(num_threads) {}
     ~Workers();
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
@@ -22,12 +23,15 @@ class Workers {
     /// Call `range` on equal parts of [0, count); returns when all have ended. `range` must not
     /// throw. Loops of fewer than `grain` iterations per thread use fewer threads.
     void run(int64_t count, int64_t grain, const Range& range);
+    /// Use at most `num_threads` of the threads from the next loop on.
+    void limit(int num_threads) { limit_.store(num_threads, std::memory_order_relaxed); }
 
  private:
     void work(int thread);
     void start();
 
     const int num_threads_;
+    std::atomic<int> limit_;
     std::vector<std::thread> threads_;
     std::mutex mutex_;
     std::condition_variable begin_, end_;

@@ -1,8 +1,8 @@
 """The contract of a backend, and how ranks find out that they disagree."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,15 +44,61 @@ class Rows:
     fp8: Fp8Recipe | None = None
     widen_to: torch.dtype | None = None
 
+    def contiguous(self) -> "Rows":
+        """Return the same with dense tensors. Reads them where they are not."""
+        x, scales, topk_weights, topk_idx = (_contiguous(tensor) for tensor in self.tensors())
+        assert x is not None
+        return replace(self, x=x, scales=scales, topk_weights=topk_weights, topk_idx=topk_idx)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether rows do not arrive as they are sent."""
+        return self.fp8 is not None or self.widen_to is not None
+
+    def new_arrived(self, num_rows: int) -> tuple[Tensor, Tensor | None]:
+        """Return uninitialised rows, and scales, of what these arrive as."""
+        hidden = self.x.shape[1]
+        if self.widen_to is not None:
+            return self.x.new_empty(num_rows, hidden, dtype=self.widen_to), None
+        if self.fp8 is not None:
+            x = self.x.new_empty(num_rows, hidden, dtype=torch.float8_e4m3fn)
+            return x, self.fp8.new_scales(num_rows, hidden, x.device)
+        x, scales = self.x.new_empty(num_rows, hidden), self.scales
+        return x, None if scales is None else scales.new_empty(num_rows, scales.shape[1])
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the tensors in the order of the attributes."""
+        return self.x, self.scales, self.topk_weights, self.topk_idx
+
 
 @dataclass(frozen=True)
 class Routing:
-    """What the rows are sent by: `topk_idx [T, K]` in `[-1, num_experts)`, and the row order."""
+    """What the rows are sent by: `topk_idx [T, K]` in `[-1, num_experts)`, and the row order.
+
+    `num_worst_tokens` only takes part in the agreement of ranks.
+    """
 
     topk_idx: Tensor
     num_experts: int
     expand: bool = False
     expert_alignment: int = 1
+    num_worst_tokens: int = 0
+
+    def contiguous(self) -> "Routing":
+        """Return the same with a dense `topk_idx`. Reads it where it is not."""
+        topk_idx = self.topk_idx.contiguous()
+        return self if topk_idx is self.topk_idx else replace(self, topk_idx=topk_idx)
+
+
+@dataclass(frozen=True)
+class Received:
+    """Tensors for rows that will arrive, and what the backend that made them needs besides."""
+
+    rows: Rows
+    place: Any = None
+
+
+Announce = Callable[[Rows, DispatchHandle], None]
 
 
 class Call(NamedTuple):
@@ -70,6 +116,7 @@ class Call(NamedTuple):
     expert_alignment: int = 0
     plan_id: int = 0
     fp8: int = 0
+    num_worst_tokens: int = 0
 
     @staticmethod
     def of(operation: str, rows: Rows, routing: Routing | DispatchHandle) -> "Call":
@@ -89,6 +136,7 @@ class Call(NamedTuple):
             expert_alignment=routing.expert_alignment,
             plan_id=cached.plan_id if cached else 0,
             fp8=0 if rows.fp8 is None else rows.fp8.code,
+            num_worst_tokens=fresh.num_worst_tokens if fresh else 0,
         )
 
 
@@ -136,6 +184,10 @@ def check_agreement(operation: str, reports: Sequence[PeerReport]) -> None:
             )
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _readable(name: str, value: int) -> str:
     if name == "operation":
         return OPERATIONS[value]
@@ -151,24 +203,43 @@ def _readable(name: str, value: int) -> str:
 class Backend(Protocol):
     """How rows travel between the ranks of one group.
 
-    All methods but `close` are collective. Arguments have been checked on this rank (`arguments`);
-    a rank whose check failed calls `fail` in place of the operation, so that the others hear of it.
+    `dispatch`, `dispatch_again`, `combine` and `fail` are collective, and come one at a time, from
+    any thread. Arguments have been checked on this rank (`arguments`); a rank whose check failed
+    calls `fail` in place of the operation, so that the others hear of it. Inputs are read, and made
+    dense, only inside the call.
     """
 
     name: str
     rank: int
     num_ranks: int
 
-    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
-        """Plan the routing and send every row to where its experts are."""
+    def dispatch(
+        self, rows: Rows, routing: Routing, announce: Announce | None = None
+    ) -> tuple[Rows, DispatchHandle]:
+        """Plan the routing and send every row to where its experts are.
 
-    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
-        """Send other rows along the routing of an earlier dispatch."""
+        `announce` gets what will be returned once its sizes are known, before the rows are there.
+        """
+
+    def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
+        """Return tensors for what `dispatch_again` will receive. Local, reads nothing."""
+
+    def dispatch_again(
+        self, rows: Rows, handle: DispatchHandle, received: Received | None = None
+    ) -> Rows:
+        """Send other rows along the routing of an earlier dispatch, into `received` if given."""
+
+    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+        """Return tensors for what `combine` will return. Local, reads nothing."""
 
     def combine(
-        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        biases: Sequence[Tensor] = (),
+        combined: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Bring rows (and weights) back to their tokens and sum them.
+        """Bring rows (and weights) back to their tokens and sum them, into `combined` if given.
 
         The sum is in float32 (float64 for float64 rows): the biases, then rank after rank in
         ascending order, each rank's rows summed in slot order first; rounded once.
@@ -176,6 +247,12 @@ class Backend(Protocol):
 
     def fail(self, operation: str, error: str) -> None:
         """Tell the other ranks, who are in the same call, why this one cannot take part."""
+
+    def interrupt(self) -> None:
+        """Make the call that waits in another thread give up, if it can. Local."""
+
+    def limit_threads(self, num_threads: int) -> None:
+        """Use at most as many threads to move rows, within the configured number. Local."""
 
     def close(self) -> None:
         """Free what the backend holds. Local; received tensors stay valid."""

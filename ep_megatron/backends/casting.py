@@ -24,3 +24,10 @@ def as_asked(received: Rows, sent: Rows) -> Rows:
     if sent.fp8 is not None and sent.fp8.layout == "column_major":
         return replace(received, scales=fp8.in_columns(scales))
     return received
+
+
+def copy_rows(target: Rows, source: Rows) -> None:
+    """Copy every part of `source` that is there to the head of its part in `target`."""
+    for to, part in zip(target.tensors(), source.tensors(), strict=True):
+        if to is not None and part is not None:
+            to[: len(part)].copy_(part)

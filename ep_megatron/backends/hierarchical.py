@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ep_megatron import _cpu
 from ep_megatron.arguments import SUM_DTYPES, check_topk_range
-from ep_megatron.backends.base import Call, Routing, Rows
-from ep_megatron.backends.casting import as_asked, cast_rows
-from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan
+from ep_megatron.backends.arrival import arrival_along
+from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
+from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, sum_weights
 from ep_megatron.backends.meeting import Gathering, PartOfMeeting
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
 from ep_megatron.backends.wire import Message, Status, Transfer, Wire
@@ -56,9 +57,12 @@ class HierarchicalBackend:
         )
         self._wire = Wire(meeting, config.timeout)
 
-    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
-        """See `Backend.dispatch`."""
+    def dispatch(
+        self, rows: Rows, routing: Routing, announce: Announce | None = None
+    ) -> tuple[Rows, DispatchHandle]:
+        """See `Backend.dispatch`; `announce` is called once rows have come from other hosts."""
         operation = "dispatch"
+        rows, routing = rows.contiguous(), routing.contiguous()
         try:
             check_topk_range(operation, routing.topk_idx, routing.num_experts)
         except ValueError as error:
@@ -74,21 +78,42 @@ class HierarchicalBackend:
         )
         forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
         hop = plan.hop(handle, everyone, forwarded_idx)
-        received = self._spread(operation, inner_rows, hop, with_idx=True)
-        return as_asked(received, rows), replace(handle, hop=hop)
+        handle = replace(handle, hop=hop)
+        place = None
+        if announce is not None:
+            place = self._place(rows, inner_rows, hop, with_idx=True)
+            announce(place.rows, handle)
+        return self._spread(operation, rows, inner_rows, hop, place, with_idx=True), handle
 
-    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
+    def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
+        """See `Backend.new_received`."""
+        if handle.hop is None:  # of another backend: the call will say so, on every rank
+            return Received(Rows(*rows.new_arrived(handle.num_recv_rows)))
+        return self._place(rows, rows, handle.hop, with_idx=False)
+
+    def dispatch_again(
+        self, rows: Rows, handle: DispatchHandle, received: Received | None = None
+    ) -> Rows:
         """See `Backend.dispatch_again`."""
         operation = "cached dispatch"
+        rows = rows.contiguous()
         hop = self._hop_of(operation, handle)
         self._agree(operation, Call.of(operation, rows, handle))
         inner_rows, _ = self._cross(
             operation, cast_rows(rows), hop.tokens_per_host, hop.num_forwarded
         )
-        return as_asked(self._spread(operation, inner_rows, hop, with_idx=False), rows)
+        return self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
+
+    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.new_combined`."""
+        return self._inside.new_combined(rows, handle)
 
     def combine(
-        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        biases: Sequence[Tensor] = (),
+        combined: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Backend.combine`; a host's ranks are summed first, then host after host.
 
@@ -96,24 +121,28 @@ class HierarchicalBackend:
         all, on every host alike: the result does not depend on where a token comes from.
         """
         hop, dtype = self._hop_of("combine", handle), rows.x.dtype
+        out, out_weights = combined or self.new_combined(rows, handle)
+        rows, biases = rows.contiguous(), [bias.contiguous() for bias in biases]
         self._agree("combine", Call.of("combine", rows, handle))
         if self._is_wire_exact and dtype in (torch.bfloat16, torch.float16):
             rows = replace(rows, x=rows.x.float())
             biases = [bias.float() for bias in biases]
         sums, weights = self._return(rows, hop, handle)
-        out = self._inside.new_rows(handle.num_tokens, rows.x)
+        biases_at = [*(bias.data_ptr() for bias in biases), 0, 0]
+        is_exact = rows.x.dtype == dtype
+        total = out if is_exact else self._inside.new_rows(handle.num_tokens, rows.x)
         _cpu.sum_parts(
             (SUM_DTYPES.index(rows.x.dtype), rows.x.shape[1], handle.num_tokens),
             [part.data_ptr() for part in sums],
             hop.row_in_host.data_ptr(),
-            (
-                biases[0].data_ptr() if len(biases) > 0 else 0,
-                biases[1].data_ptr() if len(biases) > 1 else 0,
-            ),
-            out.data_ptr(),
+            (biases_at[0], biases_at[1]),
+            total.data_ptr(),
         )
-        combined_weights = None if weights is None else _sum_weights(weights, hop, handle)
-        return out.to(dtype), combined_weights
+        if not is_exact:
+            out.copy_(total)
+        if weights is not None and out_weights is not None:
+            out_weights.copy_(sum_weights(weights, hop, handle))
+        return out, out_weights
 
     def fail(self, operation: str, error: str) -> None:
         """See `Backend.fail`."""
@@ -122,6 +151,15 @@ class HierarchicalBackend:
         except ValueError:
             return  # the others' copy of the error this rank is about to raise
         raise AssertionError("a reported error was not returned")
+
+    def interrupt(self) -> None:
+        """See `Backend.interrupt`. A wait for another host ends at its deadline."""
+        self._broken = self._broken or "a call was interrupted"
+        self._inside.interrupt()
+
+    def limit_threads(self, num_threads: int) -> None:
+        """See `Backend.limit_threads`."""
+        self._inside.limit_threads(num_threads)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -245,13 +283,36 @@ class HierarchicalBackend:
 
     # -- inside this host -------------------------------------------------------------------------
 
-    def _spread(self, operation: str, rows: Rows, hop: HostHop, *, with_idx: bool) -> Rows:
-        """Put own and forwarded rows at their addresses."""
+    def _spread(
+        self,
+        operation: str,
+        rows: Rows,
+        inner_rows: Rows,
+        hop: HostHop,
+        received: Received | None,
+        *,
+        with_idx: bool,
+    ) -> Rows:
+        """Put own and forwarded rows at their addresses, then where and as they are asked for."""
+        place = None if rows.is_cast else received
         try:
-            return self._inside.dispatch_again(rows, hop.inner, with_idx=with_idx)
+            arrived = self._inside.dispatch_again(inner_rows, hop.inner, place, with_idx=with_idx)
         except BaseException as error:
             translated = self._translated(error)
             raise translated from (None if translated is error else error)
+
+        arrived = as_asked(arrived, rows)
+        if received is None or received is place:
+            return arrived
+        copy_rows(received.rows, arrived)
+        return received.rows
+
+    def _place(self, rows: Rows, inner_rows: Rows, hop: HostHop, *, with_idx: bool) -> Received:
+        """Return tensors for what `_spread` will return."""
+        if not rows.is_cast:
+            return self._inside.new_received(inner_rows, hop.inner, with_idx=with_idx)
+        arrival = arrival_along(rows, hop.inner, with_idx)
+        return Received(arrival.ordinary(hop.inner.num_recv_rows))
 
     def _sum_inside(self, rows: Rows, hop: HostHop) -> tuple[Tensor, Tensor | None, str]:
         """Return this host's sums, of own and forwarded tokens, and weights; or why there are none.
@@ -334,22 +395,7 @@ class HierarchicalBackend:
         self.fail(operation, error)
         raise ValueError(f"{operation}: {error}")
 
-    def _break(self, reason: str) -> None:
-        """Make no further call, and let the others know."""
+    def _break(self, reason: str) -> None:  # makes no further call, and lets the others know
         self._broken = reason
         self._wire.farewell(reason)
         self._inside.close()
-
-
-def _sum_weights(parts: Sequence[Tensor], hop: HostHop, handle: DispatchHandle) -> Tensor:
-    """Add the hosts' weights of each token, `[T, K]`; expert-major ones come from one host each."""
-    like = parts[0]
-    total = like.new_full((handle.num_tokens, handle.num_topk), 0.0 if handle.expand else -0.0)
-    for host, (part, tokens) in enumerate(zip(parts, hop.tokens_per_host, strict=True)):
-        rows = part[hop.row_in_host[tokens, host].long()]
-        if handle.expand:
-            is_here = hop.is_slot_in_host[tokens, :, host]
-            total[tokens] = torch.where(is_here, rows, total[tokens])
-        else:
-            total[tokens] += rows
-    return total if handle.expand else total.masked_fill(handle.route_rank[:, :1] < 0, 0)

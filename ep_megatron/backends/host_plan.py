@@ -207,3 +207,17 @@ def _routing_numbers(
         routing.expert_alignment,
     )
     return topk_idx.data_ptr(), topk_idx.element_size(), sizes
+
+
+def sum_weights(parts: Sequence[Tensor], hop: HostHop, handle: DispatchHandle) -> Tensor:
+    """Add the hosts' weights of each token, `[T, K]`; expert-major ones come from one host each."""
+    like = parts[0]
+    total = like.new_full((handle.num_tokens, handle.num_topk), 0.0 if handle.expand else -0.0)
+    for host, (part, tokens) in enumerate(zip(parts, hop.tokens_per_host, strict=True)):
+        rows = part[hop.row_in_host[tokens, host].long()]
+        if handle.expand:
+            is_here = hop.is_slot_in_host[tokens, :, host]
+            total[tokens] = torch.where(is_here, rows, total[tokens])
+        else:
+            total[tokens] += rows
+    return total if handle.expand else total.masked_fill(handle.route_rank[:, :1] < 0, 0)

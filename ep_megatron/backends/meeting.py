@@ -3,14 +3,16 @@
 What every backend needs before rows move: to set itself up, and to find out that ranks disagree.
 """
 
+import secrets
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ep_megatron.backends.base import (
     NUM_CALL_FIELDS,
@@ -35,24 +37,32 @@ class Gathering(Protocol):
 class Meeting:
     """Exchanges messages of equal size between the ranks of one group over gloo.
 
-    Point to point, so that a rank knows which peer it is missing. Collective constructor: a group
-    without a CPU backend gets a gloo group of the same ranks beside it.
+    Point to point, so that a rank knows which peer it is missing. Collective constructor.
 
     Args:
         group: the ranks.
         timeout: seconds to wait for the others in one exchange.
+        is_private: whether to make connections of its own even if `group` has gloo. Needed where
+            messages go out from another thread than the one that uses `group`: they must not
+            mingle with the caller's.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, timeout: float, *, is_private: bool = False
+    ) -> None:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.timeout = timeout
-        self._ranks = dist.get_process_group_ranks(group)
-        if has_gloo(group):
-            self._group = group
-        else:
-            self._group = dist.new_group(
-                self._ranks, backend="gloo", use_local_synchronization=True
-            )
+        is_gloo = has_gloo(group)
+        self.gloo: Any = None  # torch has no types for it
+        if is_gloo:
+            self.gloo = group._get_backend(torch.device("cpu"))
+        if is_private or not is_gloo:
+            token = secrets.token_hex(16)
+            if is_gloo:
+                token = self.gather_text("Buffer", token)[0]
+            else:
+                token = _broadcast(token, group)
+            self.gloo = _connect(token, self.rank, self.num_ranks, timeout)
 
     def exchange(self, operation: str, message: Tensor) -> Tensor:
         """Send `message` to every rank; return `[R, *message.shape]`.
@@ -68,15 +78,15 @@ class Meeting:
         deadline = time.monotonic() + self.timeout
         late: dict[int, str] = {}
         works = []
-        for post, tensors in ((dist.irecv, received), (dist.isend, None)):
+        for post, tensors in ((self.gloo.recv, received), (self.gloo.send, None)):
             for peer in peers:
                 tensor = message if tensors is None else tensors[peer]
                 try:
-                    works.append((peer, post(tensor, self._ranks[peer], group=self._group)))
+                    works.append((peer, post([tensor], peer, 0)))
                 except RuntimeError as error:  # the connection is gone already
                     late[peer] = str(error)
         for peer, work in works:
-            if peer in late or work is None:
+            if peer in late:
                 continue
             left = max(deadline - time.monotonic(), 0.001)
             try:
@@ -144,6 +154,19 @@ class PartOfMeeting:
         """Return the `text` of every member. Collective over the whole."""
         texts = self._whole.gather_text(operation, text, num_bytes)
         return [texts[member] for member in self._members]
+
+
+def _connect(token: str, rank: int, num_ranks: int, timeout: float) -> dist.ProcessGroupGloo:
+    # Not dist.new_group: with sub-groups its name depends on how many groups each rank happens to
+    # hold, and a registered group lives until somebody remembers to destroy it.
+    store = PrefixStore(f"ep_megatron/{token}", _get_default_store())
+    return dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout))
+
+
+def _broadcast(token: str, group: dist.ProcessGroup) -> str:
+    tokens: list[str] = [token]
+    dist.broadcast_object_list(tokens, src=dist.get_global_rank(group, 0), group=group)
+    return tokens[0]
 
 
 def has_gloo(group: dist.ProcessGroup) -> bool:

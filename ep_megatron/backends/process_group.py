@@ -4,17 +4,18 @@ A token travels once per destination rank. Expert-major rows are made, and summe
 holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ranks, H hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron.arguments import check_topk_range
-from ep_megatron.backends.base import Call, Routing, Rows
-from ep_megatron.backends.casting import as_asked, cast_rows
+from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.layout import (
@@ -27,12 +28,17 @@ from ep_megatron.layout import (
     round_up,
 )
 
+_Result = TypeVar("_Result")
+
 
 class ProcessGroupBackend:
     """See `Backend`. Collective constructor.
 
+    Rows on a CPU, and counts, travel over connections of its own, so that calls on another thread
+    do not mingle with the caller's use of `group`; rows on another device over the group.
+
     Args:
-        group: the ranks; rows travel over its backend for their device.
+        group: the ranks.
         timeout: seconds to wait for the others in one call.
     """
 
@@ -40,34 +46,67 @@ class ProcessGroupBackend:
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
         self._group, self._timeout = group, timeout
-        self._meeting = Meeting(group, timeout)
+        self._meeting = Meeting(group, timeout, is_private=True)
         self.rank, self.num_ranks = self._meeting.rank, self._meeting.num_ranks
         self._num_calls = 0
+        self._broken = ""
 
-    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
+    def dispatch(
+        self, rows: Rows, routing: Routing, announce: Announce | None = None
+    ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
+        rows, routing = rows.contiguous(), routing.contiguous()
         try:
             check_topk_range("dispatch", routing.topk_idx, routing.num_experts)
         except ValueError as error:
             self.fail("dispatch", str(error).removeprefix("dispatch: "))
             raise
         self._agree("dispatch", Call.of("dispatch", rows, routing))
-        handle, local_idx, weights = self._plan(rows, routing)
-        return self._deliver(rows, handle, local_idx, weights), handle
+        handle, received = self._plan(rows, routing)
+        if announce is not None:
+            announce(received, handle)
+        self._deliver(rows, handle, received)
+        return received, handle
 
-    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
+    def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
+        """See `Backend.new_received`."""
+        columns = () if handle.expand else (handle.num_topk,)
+        weights = rows.topk_weights
+        if weights is not None:
+            weights = weights.new_empty(handle.num_recv_rows, *columns)
+        return Received(self._new_rows(rows, handle, weights))
+
+    def dispatch_again(
+        self, rows: Rows, handle: DispatchHandle, received: Received | None = None
+    ) -> Rows:
         """See `Backend.dispatch_again`."""
+        rows = rows.contiguous()
+        received = received or self.new_received(rows, handle)
         self._agree("cached dispatch", Call.of("cached dispatch", rows, handle))
-        weights = None
         if rows.topk_weights is not None:
-            is_local = self._is_local(handle)
-            weights = self._send(rows.topk_weights, handle).masked_fill(~is_local, 0)
-        return self._deliver(rows, handle, None, weights)
+            assert received.rows.topk_weights is not None
+            weights = self._send(rows.topk_weights, handle)
+            received.rows.topk_weights.copy_(self._local_weights(weights, handle))
+        self._deliver(rows, handle, received.rows)
+        return received.rows
+
+    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.new_combined`."""
+        weights = rows.topk_weights
+        if weights is not None:
+            weights = weights.new_empty(handle.num_tokens, handle.num_topk)
+        return rows.x.new_empty(handle.num_tokens, rows.x.shape[1]), weights
 
     def combine(
-        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        biases: Sequence[Tensor] = (),
+        combined: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Backend.combine`."""
+        rows = rows.contiguous()
+        out, out_weights = combined or self.new_combined(rows, handle)
         self._agree("combine", Call.of("combine", rows, handle))
         x = rows.x
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -78,10 +117,11 @@ class ProcessGroupBackend:
         has_rows = handle.route_rank[:, :1] >= 0
         if not biases:
             total = total.masked_fill(~has_rows, 0)
-        weights = None
+        out.copy_(total)
         if rows.topk_weights is not None:
-            weights = self._combine_weights(rows.topk_weights, handle)
-        return total.to(x.dtype), weights
+            assert out_weights is not None
+            out_weights.copy_(self._combine_weights(rows.topk_weights, handle))
+        return out, out_weights
 
     def fail(self, operation: str, error: str) -> None:
         """See `Backend.fail`."""
@@ -91,25 +131,43 @@ class ProcessGroupBackend:
             return  # the others' copy of the error this rank is about to raise
         raise AssertionError("a reported error was not returned")
 
+    def interrupt(self) -> None:
+        """See `Backend.interrupt`. gloo cannot leave a wait before its deadline; the next can."""
+        self._broken = self._broken or "a call was interrupted"
+
+    def limit_threads(self, num_threads: int) -> None:
+        """See `Backend.limit_threads`. The threads are torch's, which are not this room's."""
+
     def close(self) -> None:
-        """Nothing to free: the group belongs to the caller."""
+        """See `Backend.close`. The connections end with the object."""
+        self._broken = self._broken or "it was destroyed"
 
     # -- planning ---------------------------------------------------------------------------------
 
     def _agree(self, operation: str, call: Call | None, error: str = "") -> None:
+        if self._broken:
+            raise RuntimeError(
+                f"{operation}: expected a working Buffer, got one that broke down "
+                f"({self._broken}); make a new Buffer"
+            )
         self._num_calls += 1
-        self._meeting.agree(operation, call, error)
+        self._waiting(lambda: self._meeting.agree(operation, call, error))
 
-    def _plan(
-        self, rows: Rows, routing: Routing
-    ) -> tuple[DispatchHandle, Tensor | None, Tensor | None]:
+    def _waiting(self, wait: Callable[[], _Result]) -> _Result:
+        """Return `wait()`; if a rank did not come, no later call of this Buffer waits for it."""
+        try:
+            return wait()
+        except RuntimeError as error:
+            self._broken = self._broken or str(error).split(";")[0][:200]
+            raise
+
+    def _plan(self, rows: Rows, routing: Routing) -> tuple[DispatchHandle, Rows]:
         """Exchange counts, then the routing itself; both are needed before expert-major rows."""
         topk_idx, alignment = routing.topk_idx, routing.expert_alignment
         counts = count_tokens(topk_idx, routing.num_experts, self.num_ranks)
-        everyone = self._meeting.exchange(
-            "dispatch",
-            torch.cat([counts.num_tokens_per_rank, counts.num_tokens_per_expert]).cpu(),
-        ).to(topk_idx.device)
+        own = torch.cat([counts.num_tokens_per_rank, counts.num_tokens_per_expert]).cpu()
+        everyone = self._waiting(lambda: self._meeting.exchange("dispatch", own))
+        everyone = everyone.to(topk_idx.device)
         matrix, per_expert = everyone[:, : self.num_ranks], everyone[:, self.num_ranks :]
         blocks = round_up(per_expert.sum(0), alignment).view(self.num_ranks, -1)
         if routing.expand:
@@ -139,9 +197,6 @@ class ProcessGroupBackend:
         first = self.rank * plain.num_local_experts
         is_local = (recv_idx >= first) & (recv_idx < first + plain.num_local_experts)
         local_idx = (recv_idx - first).masked_fill(~is_local, -1)
-        weights = None
-        if rows.topk_weights is not None:
-            weights = self._send(rows.topk_weights, plain).masked_fill(~is_local, 0)
         starts = expert_starts(per_expert, self.num_ranks, alignment)[first:]
         flat = local_idx.reshape(-1).to(torch.int64)
         within = index_within(flat, plain.num_local_experts)
@@ -151,12 +206,26 @@ class ProcessGroupBackend:
             recv_row=recv_row.view(local_idx.shape),
             topk_idx=None if routing.expand else topk_idx.clone(),
         )
-        return handle, local_idx, weights
+        weights = rows.topk_weights
+        if weights is not None:
+            weights = self._local_weights(self._send(weights, handle), handle)
+        received = self._new_rows(rows, handle, weights)
+        return handle, received if routing.expand else replace(received, topk_idx=local_idx)
 
     @staticmethod
-    def _is_local(handle: DispatchHandle) -> Tensor:
+    def _new_rows(rows: Rows, handle: DispatchHandle, weights: Tensor | None) -> Rows:
+        return Rows(*rows.new_arrived(handle.num_recv_rows), weights)
+
+    @staticmethod
+    def _local_weights(weights: Tensor, handle: DispatchHandle) -> Tensor:
+        """Return `[M, K]` with 0 where an expert is elsewhere; expert-major `[N]`."""
         assert handle.recv_row is not None
-        return handle.recv_row >= 0
+        is_local = handle.recv_row >= 0
+        if not handle.expand:
+            return weights.masked_fill(~is_local, 0)
+        expanded = weights.new_zeros(handle.num_recv_rows)
+        expanded[handle.recv_row[is_local]] = weights[is_local]
+        return expanded
 
     # -- moving -----------------------------------------------------------------------------------
 
@@ -181,17 +250,18 @@ class ProcessGroupBackend:
     ) -> Tensor:
         received = values.new_empty(sum(recv_counts), *values.shape[1:])
         # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
-        work = dist.all_to_all_single(
-            received.flatten(1).view(torch.uint8),
-            values.contiguous().flatten(1).view(torch.uint8),
-            list(recv_counts),
-            list(send_counts),
-            group=self._group,
-            async_op=True,
-        )
+        group = self._meeting.gloo if values.device.type == "cpu" else self._group
         try:
+            work = group.alltoall_base(
+                received.flatten(1).view(torch.uint8),
+                values.contiguous().flatten(1).view(torch.uint8),
+                list(recv_counts),
+                list(send_counts),
+                dist.AllToAllOptions(),
+            )
             work.wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
+            self._broken = "its rows did not come"
             raise RuntimeError(
                 f"process_group: rank {self.rank} expected its rows within {self._timeout:g} s, "
                 f"got {str(error).splitlines()[0]}; a rank stopped between the count exchange and "
@@ -207,29 +277,25 @@ class ProcessGroupBackend:
 
     # -- expert-major rows ------------------------------------------------------------------------
 
-    def _deliver(
-        self, rows: Rows, handle: DispatchHandle, local_idx: Tensor | None, weights: Tensor | None
-    ) -> Rows:
+    def _deliver(self, rows: Rows, handle: DispatchHandle, received: Rows) -> None:
+        """Send `x` and scales into `received`."""
         cast = cast_rows(rows)
-        x = self._send(cast.x, handle)
-        scales = None if cast.scales is None else self._send(cast.scales, handle)
+        x = self._expanded(self._send(cast.x, handle), handle)
+        scales = None
+        if cast.scales is not None:
+            scales = self._expanded(self._send(cast.scales, handle), handle)
+        copy_rows(received, as_asked(Rows(x, scales), rows))
+
+    @staticmethod
+    def _expanded(values: Tensor, handle: DispatchHandle) -> Tensor:
+        """Return `[N, ...]` expert-major, padded with zeros, where the handle asks for it."""
         if not handle.expand:
-            return as_asked(Rows(x, scales, weights, local_idx), rows)
+            return values
         assert handle.recv_row is not None
         source, slot = (handle.recv_row >= 0).nonzero(as_tuple=True)
-        target = handle.recv_row[source, slot]
-
-        def expand(values: Tensor) -> Tensor:
-            out = values.new_zeros(handle.num_recv_rows, *values.shape[1:])
-            out.view(torch.uint8)[target] = values.view(torch.uint8)[source]
-            return out
-
-        expanded_weights = None
-        if weights is not None:
-            expanded_weights = weights.new_zeros(handle.num_recv_rows)
-            expanded_weights[target] = weights[source, slot]
-        scales = None if scales is None else expand(scales)
-        return as_asked(Rows(expand(x), scales, expanded_weights), rows)
+        out = values.new_zeros(handle.num_recv_rows, *values.shape[1:])
+        out.view(torch.uint8)[handle.recv_row[source, slot]] = values.view(torch.uint8)[source]
+        return out
 
     @staticmethod
     def _reduce_rows(x: Tensor, handle: DispatchHandle, sum_dtype: torch.dtype) -> Tensor:

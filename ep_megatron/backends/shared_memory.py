@@ -5,29 +5,31 @@ views of the arena while it has room. The protocol is in docs/design.md, its fla
 csrc/cpu/control.h.
 """
 
-import functools
-import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ep_megatron import _cpu, casts, fp8
+from ep_megatron import _cpu, casts
 from ep_megatron.arguments import SUM_DTYPES
+from ep_megatron.backends.arrival import Arrival, arrival_along, view
 from ep_megatron.backends.base import (
     OPERATIONS,
+    Announce,
     Call,
     PeerReport,
+    Received,
     Routing,
     Rows,
     check_agreement,
 )
+from ep_megatron.backends.casting import copy_rows
 from ep_megatron.backends.meeting import Gathering
 from ep_megatron.config import MIB, BufferConfig
-from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
@@ -91,17 +93,43 @@ class SharedMemoryBackend:
             raise
         self._exchange.unlink()
 
-    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
+    def dispatch(
+        self, rows: Rows, routing: Routing, announce: Announce | None = None
+    ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
+        rows, routing = rows.contiguous(), routing.contiguous()
         num_tokens, num_topk = routing.topk_idx.shape
         routes = torch.empty(3, num_tokens, num_topk, dtype=torch.int32)
+        idx = None if routing.expand else routing.topk_idx
+        arrival = Arrival(rows, idx, num_topk, routing.expand)
+        planned: tuple[Rows, DispatchHandle] | None = None
+
+        def plan(result: _cpu.Dispatched) -> None:
+            nonlocal planned
+            num_rows = result.num_rows_per_rank[self.rank]
+            received = arrival.views(result.block, num_rows)
+            if result.must_copy or rows.widen_to is not None:
+                received = self._new_place(arrival, num_rows)
+            planned = received, self._handle(result, routing, routes)
+            if announce is not None:
+                announce(*planned)
+
         call = Call.of("dispatch", rows, routing)
-        result, received = self._dispatch(
-            "dispatch", rows, call, num_tokens, routing.topk_idx, routes
-        )
+        on_planned = None if announce is None else plan
+        result = self._dispatch(call, arrival, routing.topk_idx, routes, None, None, on_planned)
+        if on_planned is None:
+            plan(result)
+        assert planned is not None
+        if result.must_copy or rows.widen_to is not None:
+            views = arrival.views(result.block, len(planned[0].x))
+            self._settle(planned[0], views, rows.widen_to)
+        return planned
+
+    def _handle(self, result: _cpu.Dispatched, routing: Routing, routes: Tensor) -> DispatchHandle:
+        num_tokens, num_topk = routing.topk_idx.shape
         alignment = routing.expert_alignment
         valid = tuple(result.valid_per_expert)
-        handle = DispatchHandle(
+        return DispatchHandle(
             plan_id=self._num_calls,
             rank=self.rank,
             num_ranks=self.num_ranks,
@@ -120,31 +148,62 @@ class SharedMemoryBackend:
             num_valid_tokens_per_expert=valid,
             topk_idx=None if routing.expand else routing.topk_idx.clone(),
         )
-        return received, handle
 
-    def dispatch_again(self, rows: Rows, handle: DispatchHandle, *, with_idx: bool = False) -> Rows:
+    def new_received(
+        self, rows: Rows, handle: DispatchHandle, *, with_idx: bool = False
+    ) -> Received:
+        """See `Backend.new_received`; `with_idx`: for expert ids too, as by a first dispatch."""
+        arrival, num_rows = arrival_along(rows, handle, with_idx), handle.num_recv_rows
+        block = None
+        if rows.widen_to is None:
+            block = self._exchange.allocate(arrival.num_bytes(num_rows))
+        if block is None:
+            return Received(self._new_place(arrival, num_rows))
+        return Received(arrival.views(block, num_rows), block)
+
+    def dispatch_again(
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        received: Received | None = None,
+        *,
+        with_idx: bool = False,
+    ) -> Rows:
         """See `Backend.dispatch_again`; `with_idx`: expert ids arrive, as by a first dispatch."""
+        rows = rows.contiguous()
+        arrival, num_rows = arrival_along(rows, handle, with_idx), handle.num_recv_rows
         call = Call.of("cached dispatch", rows, handle)
-        return self._dispatch(
-            "cached dispatch",
-            rows,
-            call,
-            handle.num_tokens,
-            handle.topk_idx,
-            handle.routes,
-            handle,
-            with_idx=with_idx,
-        )[1]
+        block = None if received is None else received.place
+        result = self._dispatch(call, arrival, handle.topk_idx, handle.routes, handle, block)
+        if received is not None and block is not None:
+            return received.rows
+        views = arrival.views(result.block, num_rows)
+        if received is None and not result.must_copy and rows.widen_to is None:
+            return views
+        target = self._new_place(arrival, num_rows) if received is None else received.rows
+        self._settle(target, views, rows.widen_to)
+        return target
 
-    def combine(
-        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Backend.combine`."""
+    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.new_combined`."""
         x, weights = rows.x, rows.topk_weights
-        out = self.new_rows(handle.num_tokens, x)
         out_weights = None
         if weights is not None:
             out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
+        return self.new_rows(handle.num_tokens, x), out_weights
+
+    def combine(
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        biases: Sequence[Tensor] = (),
+        combined: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.combine`."""
+        rows = rows.contiguous()
+        biases = [bias.contiguous() for bias in biases]
+        x, weights = rows.x, rows.topk_weights
+        out, out_weights = combined or self.new_combined(rows, handle)
         self._num_calls += 1
         is_agreed = self._exchange.combine(
             Call.of("combine", rows, handle),
@@ -171,6 +230,14 @@ class SharedMemoryBackend:
         self._num_calls += 1
         self._exchange.report_failure(OPERATIONS.index(operation), error)
 
+    def interrupt(self) -> None:
+        """See `Backend.interrupt`. Within 50 ms; the Buffer is broken then, as after Ctrl-C."""
+        self._exchange.interrupt()
+
+    def limit_threads(self, num_threads: int) -> None:
+        """See `Backend.limit_threads`."""
+        self._exchange.limit_threads(num_threads)
+
     def close(self) -> None:
         """See `Backend.close`."""
         self._exchange.close()
@@ -196,97 +263,69 @@ class SharedMemoryBackend:
         block = self._exchange.allocate(num_bytes) if num_bytes >= _MIN_ARENA_BYTES else None
         if block is None:
             return like.new_empty(num_rows, like.shape[1])
-        return _view(block, 0, like, num_rows, like.shape[1])
+        return view(block, 0, like, num_rows, like.shape[1])
 
     def _dispatch(
         self,
-        operation: str,
-        rows: Rows,
         call: Call,
-        num_tokens: int,
+        arrival: Arrival,
         topk_idx: Tensor | None,
         routes: Tensor,
-        handle: DispatchHandle | None = None,
-        *,
-        with_idx: bool = True,
-    ) -> tuple[_cpu.Dispatched, Rows]:
-        x, scales, weights = rows.x, rows.scales, rows.topk_weights
-        expand, num_topk = bool(call.expand), call.num_topk
-        # Expert ids travel by rank; expert-major rows say by their place whose they are.
-        with_idx = with_idx and not expand and topk_idx is not None
-        x_bytes = x.shape[1] * x.element_size()
-        scale_bytes = 0 if scales is None else scales.shape[1] * scales.element_size()
-        cast = None
-        if rows.fp8 is not None:
-            x_bytes, scale_bytes = x.shape[1], 4 * rows.fp8.num_scales(x.shape[1])
-            by_column = rows.fp8.layout == "column_major"
-            name = casts.dtype_name(x.dtype)
-            cast = (name, x.shape[1], casts.format_of(rows.fp8), by_column)
+        handle: DispatchHandle | None,
+        block: _cpu.Block | None,
+        on_planned: Callable[[_cpu.Dispatched], None] | None = None,
+    ) -> _cpu.Dispatched:
+        rows = arrival.sent
         self._num_calls += 1
         result = self._exchange.dispatch(
             call,
             _address(topk_idx),
             0 if topk_idx is None else topk_idx.element_size(),
-            (num_tokens, num_topk, call.num_experts, expand, call.expert_alignment),
-            (x.data_ptr(), _address(scales), _address(weights)),
             (
-                x_bytes,
-                scale_bytes,
-                0 if weights is None else weights.element_size(),
-                topk_idx.element_size() if with_idx and topk_idx is not None else 0,
+                len(rows.x),
+                call.num_topk,
+                call.num_experts,
+                bool(call.expand),
+                call.expert_alignment,
             ),
+            (rows.x.data_ptr(), _address(rows.scales), _address(rows.topk_weights)),
+            arrival.row_bytes(),
             routes.data_ptr(),
             None if handle is None else handle.num_rows_per_rank,
             None if handle is None else handle.num_valid_tokens_per_expert,
-            cast,
+            arrival.cast(),
+            block,
+            on_planned,
         )
         if not result.is_agreed:
-            self._raise_disagreement(operation)
-        return result, self._received(result, rows, call, topk_idx if with_idx else None)
+            self._raise_disagreement(OPERATIONS[call.operation])
+        return result
 
-    def _received(
-        self, result: _cpu.Dispatched, sent: Rows, call: Call, topk_idx: Tensor | None
-    ) -> Rows:
-        """Look at what arrived; as copies where views hold too much already, or widened."""
-        num_rows, hidden = result.num_rows_per_rank[self.rank], call.hidden
-        is_widened = sent.widen_to is not None
-
-        def view_of(must_copy: bool, offset: int, like: Tensor, *shape: int) -> Tensor:
-            part = _view(result.block, offset, like, *shape)
-            return part.clone() if must_copy else part
-
-        # Once widened, the FP8 rows are of no more use: what came with them must not hold them.
-        view = functools.partial(view_of, result.must_copy or is_widened)
-        weights, columns = sent.topk_weights, () if call.expand else (call.num_topk,)
-        if weights is not None:
-            weights = view(result.weights_at, weights, num_rows, *columns)
-        if topk_idx is not None:
-            topk_idx = view(result.idx_at, topk_idx, num_rows, call.num_topk)
-        view = functools.partial(view_of, result.must_copy and not is_widened)
-        if sent.fp8 is None:
-            x, scales = view(0, sent.x, num_rows, hidden), sent.scales
-            if scales is not None:
-                scales = view(result.scales_at, scales, num_rows, scales.shape[1])
-        else:
-            x = view(0, torch.empty(0, dtype=torch.float8_e4m3fn), num_rows, hidden)
-            scales = _view_scales(view, result.scales_at, sent.fp8, num_rows, hidden)
-        if sent.widen_to is not None:
-            assert scales is not None  # checked with the arguments
-            x, scales = self._widen(x, scales, sent.widen_to), None
-        return Rows(x, scales, weights, topk_idx)
-
-    def _widen(self, x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        out = self.new_rows(len(x), torch.empty(0, x.shape[1], dtype=dtype))
+    def _settle(self, target: Rows, arrived: Rows, widen_to: torch.dtype | None) -> None:
+        """Put what arrived in a block where it is asked for, widened or copied."""
+        if widen_to is None:
+            copy_rows(target, arrived)
+            return
+        scales = arrived.scales
+        assert scales is not None  # checked with the arguments
         self._exchange.widen(
-            casts.dtype_name(dtype),
-            casts.format_like("dispatch", x, scales),
-            out.data_ptr(),
-            x.data_ptr(),
+            casts.dtype_name(widen_to),
+            casts.format_like("dispatch", arrived.x, scales),
+            target.x.data_ptr(),
+            arrived.x.data_ptr(),
             scales.data_ptr(),
             casts.scale_strides(scales),
-            *x.shape,
+            *arrived.x.shape,
         )
-        return out
+        copy_rows(replace(target, x=target.x[:0]), replace(arrived, x=arrived.x[:0]))
+
+    def _new_place(self, arrival: Arrival, num_rows: int) -> Rows:
+        """Return tensors outside of the block that rows arrive in, where they are asked for."""
+        place = arrival.ordinary(num_rows)
+        if arrival.sent.widen_to is None:
+            return place
+        # Once widened, the FP8 rows are of no more use: what came with them must not hold them.
+        return replace(place, x=self.new_rows(num_rows, place.x[:0]))
 
     def _raise_disagreement(self, operation: str) -> None:
         reports = self._exchange.reports()
@@ -300,24 +339,6 @@ class SharedMemoryBackend:
             )
         check_agreement(operation, [PeerReport(r.call, r.error) for r in reports])
         raise AssertionError(f"{operation}: the ranks disagree in nothing that is named")
-
-
-def _view(block: _cpu.Block, offset: int, like: Tensor, *shape: int) -> Tensor:
-    """Look at a part of a block as a tensor, which keeps the block alive."""
-    count = math.prod(shape)
-    if count == 0:
-        return like.new_empty(shape)
-    return torch.frombuffer(block, dtype=like.dtype, count=count, offset=offset).view(shape)
-
-
-def _view_scales(
-    view: Callable[..., Tensor], offset: int, recipe: Fp8Recipe, num_rows: int, hidden: int
-) -> Tensor:
-    like = torch.empty(0, dtype=recipe.scale_dtype)
-    num_scales = recipe.num_scales(hidden)
-    if recipe.layout == "row_major":
-        return view(offset, like, num_rows, num_scales)
-    return view(offset, like, num_scales, fp8.column_rows(num_rows)).T[:num_rows]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,0 +1,163 @@
+"""In which order, and on which thread, the calls of one Buffer run.
+
+A synchronous call runs on the caller's thread, behind all asynchronous ones; those run one after
+the other on the communication stream. So all ranks make them in the order in which they were asked
+for, and what one call needs of the ranks never interleaves with another.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ep_megatron.backends.base import Backend
+from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, handle_of
+
+_Sizes = TypeVar("_Sizes")
+
+
+class Calls:
+    """Runs calls of a backend in order. Not thread-safe in which call comes first.
+
+    Args:
+        backend: gets one call at a time.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.stream = CPUStream("ep_megatron communication", backend.interrupt)
+        self._one_at_a_time = threading.Lock()
+
+    def run(
+        self,
+        operation: str,
+        call: Callable[[], object],
+        *,
+        inputs: Sequence[Tensor | None] = (),
+        previous_event: EventHandle | EventOverlap | None = None,
+        async_finish: bool = False,
+        at_end: Callable[[], None] | None = None,
+    ) -> EventOverlap:
+        """Run `call`, or queue it and return its event at once.
+
+        Args:
+            operation: for messages.
+            call: makes one call of the backend.
+            inputs: what the call reads; must keep its memory until the call has run.
+            previous_event: waited for first. If it brings an error, the other ranks, who are in
+                this call, hear of it.
+            async_finish: whether to queue.
+            at_end: called last, whether or not there was an error.
+        """
+        wait_for = handle_of(previous_event)
+        mode, device = torch.is_inference_mode_enabled(), _device_of(inputs)
+        held = [t.untyped_storage() for t in inputs if t is not None and async_finish]
+        sizes = [storage.nbytes() for storage in held]
+
+        def prepare() -> None:
+            if wait_for is not None:
+                wait_for.current_stream_wait()
+            if any(s.nbytes() < size for s, size in zip(held, sizes, strict=True)):
+                raise ValueError(
+                    f"{operation}: expected the inputs to keep their memory until the event is "
+                    "complete, got a storage that was resized; wait before freeing it"
+                )
+
+        def run() -> None:
+            try:
+                with self._one_at_a_time, torch.inference_mode(mode), torch.no_grad():
+                    try:
+                        prepare()
+                    except Exception as error:
+                        self._tell(operation, error)
+                        raise
+                    call()
+            finally:
+                if at_end is not None:
+                    at_end()
+
+        if async_finish and device.type == "cpu":
+            return EventOverlap(self.stream.submit(run, operation))
+        # On a GPU the caller's stream orders everything; the host has nothing to do behind it.
+        self.stream.synchronize()
+        run()
+        return EventOverlap(EventHandle() if async_finish else None)
+
+    def run_local(
+        self,
+        operation: str,
+        call: Callable[[], object],
+        like: Tensor,
+        previous_event: EventHandle | EventOverlap | None,
+        async_finish: bool,
+    ) -> EventOverlap:
+        """Run `call`, which no other rank takes part in, or queue it where `like` is on a CPU."""
+        wait_for = handle_of(previous_event)
+
+        def run() -> None:
+            if wait_for is not None:
+                wait_for.current_stream_wait()
+            call()
+
+        if async_finish and like.device.type == "cpu":
+            return EventOverlap(self.stream.submit(run, operation))
+        run()
+        return EventOverlap(EventHandle() if async_finish else None)
+
+    def begin(
+        self,
+        operation: str,
+        call: Callable[[Callable[[_Sizes], None] | None], _Sizes],
+        *,
+        inputs: Sequence[Tensor | None],
+        previous_event: EventHandle | EventOverlap | None,
+        async_finish: bool,
+    ) -> tuple[_Sizes, EventOverlap]:
+        """Run a call whose result has sizes that only the other ranks know; see `run`.
+
+        Returns once the result is allocated, which is before it is filled if `async_finish`.
+
+        `call` gets a function to call with what it will return as soon as that is allocated, or
+        None where nobody waits for that moment; it returns the same.
+        """
+        result: list[_Sizes] = []
+        is_known = threading.Event()
+
+        def announce(sizes: _Sizes) -> None:
+            result.append(sizes)
+            is_known.set()
+
+        def run() -> None:
+            sizes = call(announce if async_finish else None)
+            if not result:
+                result.append(sizes)
+
+        event = self.run(
+            operation,
+            run,
+            inputs=inputs,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            at_end=is_known.set,
+        )
+        self.stream.block_on(is_known)
+        if not result:
+            event.current_stream_wait()  # raises what kept it from a result
+        return result[0], event
+
+    def fail(self, operation: str, error: str, async_finish: bool) -> None:
+        """Tell the other ranks, in turn, that this one cannot take part in this call."""
+        self.run(operation, lambda: self._backend.fail(operation, error), async_finish=async_finish)
+
+    def _tell(self, operation: str, error: Exception) -> None:
+        """Report `error` to the other ranks; if that fails too, the first error is the cause."""
+        try:
+            self._backend.fail(operation, str(error).removeprefix(f"{operation}: "))
+        except RuntimeError as second:
+            raise error from second
+
+
+def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    return next((t.device for t in tensors if t is not None), torch.device("cpu"))
