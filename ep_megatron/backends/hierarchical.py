@@ -163,7 +163,7 @@ class HierarchicalBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._broken = self._broken or "it was closed"
+        self._broken = self._broken or "it was destroyed"
         self._inside.close()
         self._wire.close()
 
