@@ -129,8 +129,7 @@ class HierarchicalBackend:
             biases = [bias.float() for bias in biases]
         sums, weights = self._return(rows, hop, handle)
         biases_at = [*(bias.data_ptr() for bias in biases), 0, 0]
-        is_exact = rows.x.dtype == dtype
-        total = out if is_exact else self._inside.new_rows(handle.num_tokens, rows.x)
+        total = out if rows.x.dtype == dtype else self._inside.new_rows(handle.num_tokens, rows.x)
         _cpu.sum_parts(
             (SUM_DTYPES.index(rows.x.dtype), rows.x.shape[1], handle.num_tokens),
             [part.data_ptr() for part in sums],
@@ -138,7 +137,7 @@ class HierarchicalBackend:
             (biases_at[0], biases_at[1]),
             total.data_ptr(),
         )
-        if not is_exact:
+        if total is not out:
             out.copy_(total)
         if weights is not None and out_weights is not None:
             out_weights.copy_(sum_weights(weights, hop, handle))
