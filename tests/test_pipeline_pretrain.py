@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+from ep_megatron.pipeline.calibrate import calibrate
 from ep_megatron.pipeline.trace import read_trace
 from ep_megatron.train.config import make_config
 from tests.test_train_pretrain import _finish, _records, _start, folder
@@ -59,6 +60,7 @@ def test_losses_are_those_of_plain_1f1b(
         timeline = read_trace(files)
         assert {span.rank for span in timeline.spans} == {0, 1}
         assert {span.lane for span in timeline.spans} == {"compute", "comm", "p2p"}
+        assert calibrate(timeline).schedule.name == name  # it can be simulated
 
 
 @pytest.mark.parametrize(

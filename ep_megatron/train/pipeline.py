@@ -13,7 +13,7 @@ from ep_megatron.pipeline.placement import (
     place_chunk,
 )
 from ep_megatron.pipeline.schedule import make_schedule
-from ep_megatron.pipeline.trace import Timeline, write_trace
+from ep_megatron.pipeline.trace import write_trace
 
 
 def check_pipeline(config: Any) -> None:
@@ -114,7 +114,7 @@ def schedule_function(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def traced(config: Any, iteration: int, num_microbatches: int) -> Iterator[None]:
+def traced(config: Any, iteration: int) -> Iterator[None]:
     """Write the timeline of what runs in this block, if `iteration` is the one that is asked for.
 
     One file per pipeline rank, by the first data-parallel and tensor-parallel rank.
@@ -131,16 +131,7 @@ def traced(config: Any, iteration: int, num_microbatches: int) -> Iterator[None]
         parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0
     ):
-        num_ranks = parallel_state.get_pipeline_model_parallel_world_size()
         folder = Path(config.run_dir) / "pipeline-trace"
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "schedule": config.pipeline_schedule,
-            "num_microbatches": num_microbatches,
-            "num_chunks": len({span.chunk for span in recorder.spans}),
-            "mirrored": config.pipeline_schedule in V_SHAPED,
-            "measured": True,
-        }
-        title = f"{config.pipeline_schedule}, iteration {iteration}"
-        timeline = Timeline(title, num_ranks, tuple(recorder.spans), description)
+        timeline = recorder.timeline(f"{config.pipeline_schedule}, iteration {iteration}")
         write_trace(timeline, folder / f"rank-{rank}.json")

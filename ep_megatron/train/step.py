@@ -56,7 +56,7 @@ def train_step(run: Run, iterators: list[Iterator[Batch]]) -> StepResult:
     for model in run.models:
         model.zero_grad_buffer()
     run.optimizer.zero_grad()
-    with traced(run.config, run.iteration + 1, run.num_microbatches):
+    with traced(run.config, run.iteration + 1):
         losses = _run_schedule(run, iterators, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
     run.scheduler.step(increment=run.config.global_batch_size)
