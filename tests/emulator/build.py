@@ -35,7 +35,9 @@ def build() -> Path:
     """Return the extension's path, compiling what no earlier build has compiled."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     headers = [path.read_bytes() for path in sorted(SOURCES.glob("*.h"))]
-    common = digest_of(" ".join(FLAGS).encode(), pybind11.__version__.encode(), suffix.encode(), *headers)
+    common = digest_of(
+        " ".join(FLAGS).encode(), pybind11.__version__.encode(), suffix.encode(), *headers
+    )
     sources = sorted(SOURCES.glob("*.cpp"))
     objects = {
         source: CACHE / f"{source.stem}-{digest_of(common.encode(), source.read_bytes())}.o"
@@ -50,7 +52,7 @@ def build() -> Path:
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
     def make(output: Path, command: list[str]) -> None:
-        # Tests in several processes may build at once: each writes its own file, the last one stays.
+        # Several processes may build at once: each writes its own file, the last one stays.
         if output.exists():
             return
         unfinished = output.with_name(f"{output.name}.{os.getpid()}")

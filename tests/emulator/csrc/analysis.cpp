@@ -58,7 +58,8 @@ class Analysis {
     explicit Analysis(Kernel& kernel) : kernel_(kernel) {}
 
     void run() {
-        if (kernel_.code.empty() || !ends_block(kernel_.code.back()) || kernel_.code.back().predicate >= 0) {
+        if (kernel_.code.empty() || !ends_block(kernel_.code.back()) ||
+            kernel_.code.back().predicate >= 0) {
             Instruction end;  // falling off the end is leaving
             end.handler = leave;
             end.splits = true;
@@ -76,7 +77,8 @@ class Analysis {
     void find_tracked();
     void allocate_rows();
     void live_before(const Instruction& instruction, Bits& live) const {
-        if (instruction.predicate < 0) for_writes(instruction, [&](i32 row) { live.clear(size_t(row)); });
+        if (instruction.predicate < 0)
+            for_writes(instruction, [&](i32 row) { live.clear(size_t(row)); });
         for_reads(instruction, [&](i32 row) { live.set(size_t(row)); });
     }
 
@@ -109,7 +111,8 @@ void Analysis::find_blocks() {
     for (Block& block : blocks_) {
         const Instruction& last = code[block.end - 1];
         const bool falls_through = !ends_block(last) || last.predicate >= 0;
-        if (falls_through && block.end < code.size()) block.successors.push_back(block_of[block.end]);
+        if (falls_through && block.end < code.size())
+            block.successors.push_back(block_of[block.end]);
         if (last.handler == branch) block.successors.push_back(block_of[size_t(last.target)]);
         if (last.handler == branch_indexed)
             for (const i32 target : kernel_.branch_tables[last.immediate])
@@ -184,8 +187,10 @@ void Analysis::allocate_rows() {
             busy.pop();
         }
         i32 row = kernel_.num_rows;
-        if (free_rows.empty()) ++kernel_.num_rows;
-        else row = free_rows.back(), free_rows.pop_back();
+        if (free_rows.empty())
+            ++kernel_.num_rows;
+        else
+            row = free_rows.back(), free_rows.pop_back();
         row_of[size_t(interval.reg)] = row;
         busy.emplace(interval.end, row);
     }
@@ -194,13 +199,17 @@ void Analysis::allocate_rows() {
         if (tracked_[reg]) kernel_.tracked[size_t(row_of[reg])] = true;
     for (Preset& preset : kernel_.presets) preset.row = row_of[size_t(preset.row)];
     for (Instruction& instruction : kernel_.code) {
-        for_reads(instruction, [&](i32 reg) { instruction.checks_definedness |= tracked_[size_t(reg)]; });
-        for_writes(instruction, [&](i32 reg) { instruction.checks_definedness |= tracked_[size_t(reg)]; });
+        for_reads(instruction,
+                  [&](i32 reg) { instruction.checks_definedness |= tracked_[size_t(reg)]; });
+        for_writes(instruction,
+                   [&](i32 reg) { instruction.checks_definedness |= tracked_[size_t(reg)]; });
         for (int i = 0; i < instruction.num_sources; ++i)
-            if (instruction.sources[i] >= 0) instruction.sources[i] = row_of[size_t(instruction.sources[i])];
+            if (instruction.sources[i] >= 0)
+                instruction.sources[i] = row_of[size_t(instruction.sources[i])];
         for (int i = 0; i < instruction.num_destinations; ++i)
             instruction.destinations[i] = row_of[size_t(instruction.destinations[i])];
-        if (instruction.predicate >= 0) instruction.predicate = row_of[size_t(instruction.predicate)];
+        if (instruction.predicate >= 0)
+            instruction.predicate = row_of[size_t(instruction.predicate)];
     }
 }
 

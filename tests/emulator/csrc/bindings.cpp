@@ -22,18 +22,21 @@ std::array<u32, 3> to_dimensions(const Dimensions& given) {
         return all;
     }
     const auto& list = std::get<std::vector<u32>>(given);
-    if (list.empty() || list.size() > 3) throw std::invalid_argument("launch: expected 1 to 3 dimensions");
+    if (list.empty() || list.size() > 3)
+        throw std::invalid_argument("launch: expected 1 to 3 dimensions");
     std::copy(list.begin(), list.end(), all.begin());
     return all;
 }
 
-std::unique_ptr<Machine> make_machine(int num_ranks, u64 seed, const std::string& mode, u64 patience, u64 nanoseconds, double grace) {
+std::unique_ptr<Machine> make_machine(
+    int num_ranks, u64 seed, const std::string& mode, u64 patience, u64 nanoseconds, double grace) {
     Options options;
     options.seed = seed;
     options.race = mode == "race" || mode == "race+weak";
     options.weak = mode == "weak" || mode == "race+weak";
     if (!options.race && !options.weak && mode != "plain")
-        throw std::invalid_argument("Machine: expected mode to be plain, race, weak or race+weak, got '" + mode + "'");
+        throw std::invalid_argument(
+            "Machine: expected mode to be plain, race, weak or race+weak, got '" + mode + "'");
     options.patience = patience;
     options.nanoseconds_per_instruction = nanoseconds;
     options.grace_seconds = grace;
@@ -75,7 +78,8 @@ py::dict kernels_of(const Machine& machine) {
         py::dict entry;
         py::list parameters;
         for (const Parameter& parameter : kernel->parameters)
-            parameters.append(py::make_tuple(parameter.name, parameter.offset, parameter.num_bytes));
+            parameters.append(
+                py::make_tuple(parameter.name, parameter.offset, parameter.num_bytes));
         entry["parameters"] = parameters;
         entry["parameter_bytes"] = kernel->parameter_bytes;
         entry["shared_bytes"] = kernel->shared_bytes;
@@ -119,15 +123,17 @@ py::dict counts_of(const Machine& machine) {
 }
 
 void on_call(Machine& machine, const std::string& name, py::function function) {
-    auto shared = std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* f) {
-        const py::gil_scoped_acquire gil;
-        delete f;
-    });
+    auto shared =
+        std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* f) {
+            const py::gil_scoped_acquire gil;
+            delete f;
+        });
     machine.set_intrinsic(name, [shared](Call& call) {
         const py::gil_scoped_acquire gil;
         for_lanes(call.lanes, [&](int lane) {
             py::tuple arguments(call.arguments.size());
-            for (size_t i = 0; i < call.arguments.size(); ++i) arguments[i] = call.arguments[i][size_t(lane)];
+            for (size_t i = 0; i < call.arguments.size(); ++i)
+                arguments[i] = call.arguments[i][size_t(lane)];
             const py::object result = (*shared)(call.rank, lane, arguments);
             if (!result.is_none()) call.result[size_t(lane)] = result.cast<u64>();
         });
@@ -146,35 +152,39 @@ PYBIND11_MODULE(_emulator, m) {
     });
     const auto free_gil = py::call_guard<py::gil_scoped_release>();
     py::class_<Machine>(m, "Machine")
-        .def(py::init(&make_machine), py::arg("num_ranks"), py::arg("seed") = 0, py::arg("mode") = "plain", py::kw_only(),
-             py::arg("patience") = 2'000'000, py::arg("nanoseconds_per_instruction") = 10, py::arg("grace_seconds") = 0.02)
+        .def(py::init(&make_machine), py::arg("num_ranks"), py::arg("seed") = 0,
+             py::arg("mode") = "plain", py::kw_only(), py::arg("patience") = 2'000'000,
+             py::arg("nanoseconds_per_instruction") = 10, py::arg("grace_seconds") = 0.02)
         .def_property_readonly("num_ranks", &Machine::num_ranks)
         .def_property_readonly("steps", &Machine::steps)
-        .def("allocate", &Machine::allocate, py::arg("rank"), py::arg("num_bytes"), py::arg("symmetric") = false,
-             py::arg("name") = "memory", free_gil)
+        .def("allocate", &Machine::allocate, py::arg("rank"), py::arg("num_bytes"),
+             py::arg("symmetric") = false, py::arg("name") = "memory", free_gil)
         .def("free", &Machine::free, py::arg("address"), free_gil)
         .def("write", &write_memory, py::arg("rank"), py::arg("address"), py::arg("data"))
         .def("read", &read_memory, py::arg("rank"), py::arg("address"), py::arg("num_bytes"))
         .def("load", &Machine::load, py::arg("ptx"), free_gil)
         .def(
             "launch",
-            [](Machine& machine, int rank, const std::string& kernel, const Dimensions& grid, const Dimensions& block,
-               u32 shared_bytes, const py::bytes& parameters, int stream) {
+            [](Machine& machine, int rank, const std::string& kernel, const Dimensions& grid,
+               const Dimensions& block, u32 shared_bytes, const py::bytes& parameters, int stream) {
                 const std::string_view bytes(parameters);
-                machine.launch(rank, kernel, to_dimensions(grid), to_dimensions(block), shared_bytes,
-                               std::vector<u8>(bytes.begin(), bytes.end()), stream);
+                machine.launch(rank, kernel, to_dimensions(grid), to_dimensions(block),
+                               shared_bytes, std::vector<u8>(bytes.begin(), bytes.end()), stream);
             },
-            py::arg("rank"), py::arg("kernel"), py::arg("grid"), py::arg("block"), py::arg("shared_bytes"),
-            py::arg("params"), py::arg("stream") = 0)
+            py::arg("rank"), py::arg("kernel"), py::arg("grid"), py::arg("block"),
+            py::arg("shared_bytes"), py::arg("params"), py::arg("stream") = 0)
         .def("run", &Machine::run, free_gil)
-        .def("synchronize", &Machine::synchronize, py::arg("rank"), py::arg("stream") = -1, free_gil)
-        .def("advance", &Machine::advance, py::arg("rank"), py::arg("max_instructions") = 20'000, free_gil)
+        .def("synchronize", &Machine::synchronize, py::arg("rank"), py::arg("stream") = -1,
+             free_gil)
+        .def("advance", &Machine::advance, py::arg("rank"), py::arg("max_instructions") = 20'000,
+             free_gil)
         .def("meet", &Machine::meet, free_gil)
         .def("on_call", &on_call, py::arg("name"), py::arg("function"))
         .def("report",
              [](const Machine& machine) {
                  std::vector<std::pair<std::string, std::string>> all;
-                 for (const Report& report : machine.reports()) all.emplace_back(report.kind, report.text);
+                 for (const Report& report : machine.reports())
+                     all.emplace_back(report.kind, report.text);
                  return all;
              })
         .def("counts", &counts_of)

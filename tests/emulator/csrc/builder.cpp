@@ -7,11 +7,13 @@ namespace ptx {
 namespace {
 
 const std::array kSpecialRegisters{
-    "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y",
-    "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid", "%nwarpid", "%smid",
-    "%nsmid", "%gridid", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt",
-    "%lanemask_ge", "%dynamic_smem_size", "%total_smem_size", "%cluster_ctarank",
-    "%cluster_nctarank"};
+    "%tid.x",           "%tid.y",           "%tid.z",           "%ntid.x",
+    "%ntid.y",          "%ntid.z",          "%ctaid.x",         "%ctaid.y",
+    "%ctaid.z",         "%nctaid.x",        "%nctaid.y",        "%nctaid.z",
+    "%laneid",          "%warpid",          "%nwarpid",         "%smid",
+    "%nsmid",           "%gridid",          "%lanemask_eq",     "%lanemask_lt",
+    "%lanemask_le",     "%lanemask_gt",     "%lanemask_ge",     "%dynamic_smem_size",
+    "%total_smem_size", "%cluster_ctarank", "%cluster_nctarank"};
 
 u64 round_up(u64 value, u64 alignment) { return (value + alignment - 1) / alignment * alignment; }
 
@@ -30,7 +32,8 @@ u64 parse_number(const std::string& text, int line) {
         } else {
             if (!digits.empty() && digits.back() == 'U') digits.pop_back();
             const bool binary = digits.starts_with("0b") || digits.starts_with("0B");
-            value = binary ? std::stoull(digits.substr(2), &used, 2) : std::stoull(digits, &used, 0);
+            value =
+                binary ? std::stoull(digits.substr(2), &used, 2) : std::stoull(digits, &used, 0);
             if (binary) used += 2;
         }
         if (used == digits.size()) return negative ? 0 - value : value;
@@ -139,7 +142,8 @@ i32 KernelBuilder::row_of(const Operand& operand, int line) {
         dynamic_constants_.push_back(i32(kernel_->constants.size()) - 1);
         return ~dynamic_constants_.back();
     }
-    if (const auto variable = find_variable(name)) return constant(variable->address + u64(operand.offset));
+    if (const auto variable = find_variable(name))
+        return constant(variable->address + u64(operand.offset));
     if (module_.variables.contains(name)) {
         if (operand.offset != 0) throw ParseError(line, "unsupported offset behind '" + name + "'");
         return preset(name);
@@ -155,7 +159,8 @@ std::vector<int> KernelBuilder::open_scopes() const {
 
 void KernelBuilder::place_label(const std::string& name, int line) {
     if (scopes_.back().id == 0) scopes_.back().id = ++num_scopes_;
-    const bool is_new = labels_.emplace(std::pair(scopes_.back().id, name), i32(kernel_->code.size())).second;
+    const bool is_new =
+        labels_.emplace(std::pair(scopes_.back().id, name), i32(kernel_->code.size())).second;
     if (!is_new) throw ParseError(line, "label '" + name + "' is there twice");
 }
 
@@ -165,7 +170,8 @@ void KernelBuilder::branch_to(const std::string& label, int line) {
     fixups_.push_back({kernel_->code.size(), label, open_scopes(), line});
 }
 
-void KernelBuilder::declare_branch_table(const std::string& name, const std::vector<std::string>& labels) {
+void KernelBuilder::declare_branch_table(const std::string& name,
+                                         const std::vector<std::string>& labels) {
     for (Scope& scope : scopes_)
         if (scope.id == 0) scope.id = ++num_scopes_;
     table_numbers_[name] = int(tables_.size());
@@ -174,7 +180,8 @@ void KernelBuilder::declare_branch_table(const std::string& name, const std::vec
 
 int KernelBuilder::branch_table(const std::string& name, int line) {
     const auto found = table_numbers_.find(name);
-    if (found == table_numbers_.end()) throw ParseError(line, "unknown branch table '" + name + "'");
+    if (found == table_numbers_.end())
+        throw ParseError(line, "unknown branch table '" + name + "'");
     return found->second;
 }
 
@@ -186,14 +193,16 @@ i32 KernelBuilder::resolve(const Fixup& fixup) const {
 }
 
 void KernelBuilder::emit(Instruction instruction, const Statement& statement) {
-    const auto [place, is_new] = opcode_numbers_.try_emplace(statement.opcode, i32(module_.opcodes.size()));
+    const auto [place, is_new] =
+        opcode_numbers_.try_emplace(statement.opcode, i32(module_.opcodes.size()));
     if (is_new) module_.opcodes.push_back(statement.opcode);
     instruction.opcode = place->second;
     instruction.line = statement.line;
     instruction.location = statement.location;
     if (!statement.predicate.empty()) {
         const auto predicate = find_register(statement.predicate);
-        if (!predicate) throw ParseError(statement.line, "unknown predicate '" + statement.predicate + "'");
+        if (!predicate)
+            throw ParseError(statement.line, "unknown predicate '" + statement.predicate + "'");
         instruction.predicate = *predicate;
         instruction.negated = statement.negated;
     }
@@ -203,12 +212,14 @@ void KernelBuilder::emit(Instruction instruction, const Statement& statement) {
 void KernelBuilder::finish(int line) {
     for (const Fixup& fixup : fixups_) {
         const i32 target = resolve(fixup);
-        if (target >= i32(kernel_->code.size())) throw ParseError(fixup.line, "label at the end of a kernel");
+        if (target >= i32(kernel_->code.size()))
+            throw ParseError(fixup.line, "label at the end of a kernel");
         kernel_->code[fixup.instruction].target = target;
     }
     for (const auto& [labels, scopes] : tables_) {
         std::vector<i32> targets;
-        for (const std::string& label : labels) targets.push_back(resolve({0, label, scopes, line}));
+        for (const std::string& label : labels)
+            targets.push_back(resolve({0, label, scopes, line}));
         kernel_->branch_tables.push_back(std::move(targets));
     }
     // Dynamic shared memory begins at a multiple of 128 bytes, what bulk copies may ask for.

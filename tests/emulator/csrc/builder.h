@@ -10,9 +10,9 @@ namespace ptx {
 /// An operand as written.
 struct Operand {
     enum Kind { kName, kNumber, kVector, kAddress, kPair, kList } kind = kName;
-    std::string text;       // a name, or a number as written
-    bool negated = false;   // !p
-    i64 offset = 0;         // of an address, or of name+number
+    std::string text;      // a name, or a number as written
+    bool negated = false;  // !p
+    i64 offset = 0;        // of an address, or of name+number
     std::vector<Operand> parts;
 };
 

@@ -19,12 +19,14 @@ void BulkCopies::read_some(Copy& copy, u32 count) {
     if (Races* races = machine_.races()) {
         Agent agent = copy.agents.reader;
         agent.knowledge = &copy.agents.issued;
-        races->access(agent, *copy.from, offset, count, false, Order::kWeak, Scope::kCta, copy.instruction->site);
+        races->access(agent, *copy.from, offset, count, false, Order::kWeak, Scope::kCta,
+                      copy.instruction->site);
     }
     if (std::memchr(copy.from->written.get() + offset, 0, count))
         machine_.report("uninitialised", std::to_string(copy.instruction->site),
-                        "bulk copy reads '" + copy.from->name + "' near byte " + std::to_string(offset) +
-                            ", which nobody has written, by " + machine_.where(*copy.warp, 0, *copy.instruction));
+                        "bulk copy reads '" + copy.from->name + "' near byte " +
+                            std::to_string(offset) + ", which nobody has written, by " +
+                            machine_.where(*copy.warp, 0, *copy.instruction));
     std::memcpy(copy.bytes.data() + copy.num_read, copy.from->data.get() + offset, count);
     copy.num_read += count;
 }
@@ -34,7 +36,8 @@ void BulkCopies::write_some(Copy& copy, u32 count) {
     if (Races* races = machine_.races()) {
         Agent agent = copy.agents.writer;
         agent.knowledge = &copy.agents.issued;
-        races->access(agent, *copy.to, offset, count, true, Order::kWeak, Scope::kCta, copy.instruction->site);
+        races->access(agent, *copy.to, offset, count, true, Order::kWeak, Scope::kCta,
+                      copy.instruction->site);
     }
     if (machine_.store_buffers()) machine_.store_buffers()->flush(*copy.to, offset, count);
     std::memcpy(copy.to->data.get() + offset, copy.bytes.data() + copy.num_written, count);
@@ -61,6 +64,7 @@ void BulkCopies::finish(Copy& copy) {
 
 void BulkCopies::step() {
     if (flying_.empty()) return;
+    machine_.made_progress();
     const size_t number = machine_.random().below(flying_.size());
     Copy& copy = flying_[number];
     // Mostly in one go, sometimes in pieces of 16 bytes.
@@ -99,40 +103,54 @@ bool BulkCopies::any_of(const Cta& cta) const {
 namespace {
 
 /// Check one end of a copy and return its region.
-Region* find_end(Step& step, const Instruction& instruction, int lane, u64 address, u32 num_bytes, bool is_shared, u64& offset) {
+Region* find_end(Step& step,
+                 const Instruction& instruction,
+                 int lane,
+                 u64 address,
+                 u32 num_bytes,
+                 bool is_shared,
+                 u64& offset) {
     if (address % 16 != 0 || num_bytes % 16 != 0)
         step.machine.fault(step.warp, lane, instruction,
-                           "expected addresses and a size that are multiples of 16, got " + std::to_string(address) +
-                               " and " + std::to_string(num_bytes));
+                           "expected addresses and a size that are multiples of 16, got " +
+                               std::to_string(address) + " and " + std::to_string(num_bytes));
     if (is_shared) address = u32(address);
     Region* region = is_shared ? step.cta.shared.get() : step.machine.memory().find(address);
     if (!region || !region->contains(address, num_bytes))
-        step.machine.fault(step.warp, lane, instruction,
-                           "out of bounds: " + (is_shared ? "shared memory at " + std::to_string(address)
-                                                          : step.machine.memory().explain(address, num_bytes)));
+        step.machine.fault(
+            step.warp, lane, instruction,
+            "out of bounds: " + (is_shared ? "shared memory at " + std::to_string(address)
+                                           : step.machine.memory().explain(address, num_bytes)));
     if (region->rank != step.cta.launch->rank && !region->symmetric)
-        step.machine.fault(step.warp, lane, instruction, "expected memory the rank can reach, got private memory '" + region->name + "'");
+        step.machine.fault(
+            step.warp, lane, instruction,
+            "expected memory the rank can reach, got private memory '" + region->name + "'");
     offset = address - region->address;
     return region;
 }
 
 Outcome start_copies(Step& step, const Instruction& instruction, bool is_store) {
-    const u64 *to = step.source(instruction, 0), *from = step.source(instruction, 1), *size = step.source(instruction, 2);
+    const u64 *to = step.source(instruction, 0), *from = step.source(instruction, 1),
+              *size = step.source(instruction, 2);
     for_lanes(step.active, [&](int lane) {
         BulkCopies::Copy copy{};
         copy.warp = &step.warp;
         copy.instruction = &instruction;
         copy.num_bytes = u32(size[lane]);
         copy.is_store = is_store;
-        copy.from = find_end(step, instruction, lane, from[lane], copy.num_bytes, is_store, copy.from_offset);
-        copy.to = find_end(step, instruction, lane, to[lane], copy.num_bytes, !is_store, copy.to_offset);
+        copy.from = find_end(step, instruction, lane, from[lane], copy.num_bytes, is_store,
+                             copy.from_offset);
+        copy.to =
+            find_end(step, instruction, lane, to[lane], copy.num_bytes, !is_store, copy.to_offset);
         if (!is_store) copy.barrier = u32(step.source(instruction, 3)[lane]);
         copy.group = step.warp.bulk_group;
         Counts& counts = *step.cta.launch->counts;
         const Region& global = is_store ? *copy.to : *copy.from;
         const bool is_peer = global.rank != step.cta.launch->rank;
-        if (is_store) (is_peer ? counts.peer_written : counts.global_written) += copy.num_bytes;
-        else (is_peer ? counts.peer_read : counts.global_read) += copy.num_bytes;
+        if (is_store)
+            (is_peer ? counts.peer_written : counts.global_written) += copy.num_bytes;
+        else
+            (is_peer ? counts.peer_read : counts.global_read) += copy.num_bytes;
         if (Races* races = step.machine.races()) races->issue(step.warp, lane, copy.agents);
         step.machine.bulk_copies().start(std::move(copy));
     });
@@ -141,8 +159,12 @@ Outcome start_copies(Step& step, const Instruction& instruction, bool is_store) 
 
 }  // namespace
 
-Outcome bulk_load(Step& step, const Instruction& instruction) { return start_copies(step, instruction, false); }
-Outcome bulk_store(Step& step, const Instruction& instruction) { return start_copies(step, instruction, true); }
+Outcome bulk_load(Step& step, const Instruction& instruction) {
+    return start_copies(step, instruction, false);
+}
+Outcome bulk_store(Step& step, const Instruction& instruction) {
+    return start_copies(step, instruction, true);
+}
 
 Outcome bulk_commit(Step& step, const Instruction&) {
     ++step.warp.bulk_group;

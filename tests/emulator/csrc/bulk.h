@@ -14,8 +14,8 @@ class BulkCopies {
         Region *from, *to;
         u64 from_offset, to_offset;
         u32 num_bytes;
-        u64 barrier;    // shared address of the barrier that counts the bytes; loads only
-        u64 group;      // bulk group; stores only
+        u64 barrier;  // shared address of the barrier that counts the bytes; loads only
+        u64 group;    // bulk group; stores only
         bool is_store;
         u32 num_read = 0, num_written = 0;
         std::vector<u8> bytes;

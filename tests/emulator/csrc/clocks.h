@@ -20,7 +20,8 @@ class Clock {
         if (lanes_.empty()) return whole;
         const u32 agent = slot * kLanes + lane;
         const auto place = find(agent);
-        return place != lanes_.end() && place->agent == agent ? std::max(whole, place->time) : whole;
+        return place != lanes_.end() && place->agent == agent ? std::max(whole, place->time)
+                                                              : whole;
     }
     /// Whether every one of `lanes` of the slot is known up to `time`.
     bool covers(u32 slot, u32 lanes, u32 time) const {
@@ -33,18 +34,23 @@ class Clock {
     void raise_warp(u32 slot, u32 time) {
         if (slot >= warps_.size()) warps_.resize(slot + 1, 0);
         warps_[slot] = std::max(warps_[slot], time);
-        std::erase_if(lanes_, [&](const Entry& e) { return e.agent / kLanes == slot && e.time <= warps_[slot]; });
+        std::erase_if(lanes_, [&](const Entry& e) {
+            return e.agent / kLanes == slot && e.time <= warps_[slot];
+        });
     }
     void raise_lane(u32 slot, u32 lane, u32 time) {
         if (slot < warps_.size() && warps_[slot] >= time) return;
         const u32 agent = slot * kLanes + lane;
         auto place = lanes_.begin() + (find(agent) - lanes_.cbegin());
-        if (place != lanes_.end() && place->agent == agent) place->time = std::max(place->time, time);
-        else lanes_.insert(place, {agent, time});
+        if (place != lanes_.end() && place->agent == agent)
+            place->time = std::max(place->time, time);
+        else
+            lanes_.insert(place, {agent, time});
     }
     void join(const Clock& other) {
         if (warps_.size() < other.warps_.size()) warps_.resize(other.warps_.size(), 0);
-        for (size_t i = 0; i < other.warps_.size(); ++i) warps_[i] = std::max(warps_[i], other.warps_[i]);
+        for (size_t i = 0; i < other.warps_.size(); ++i)
+            warps_[i] = std::max(warps_[i], other.warps_[i]);
         for (const Entry& e : other.lanes_) raise_lane(e.agent / kLanes, e.agent % kLanes, e.time);
         std::erase_if(lanes_, [&](const Entry& e) {
             return e.agent / kLanes < warps_.size() && warps_[e.agent / kLanes] >= e.time;
@@ -66,7 +72,7 @@ class Clock {
         return std::lower_bound(lanes_.begin(), lanes_.end(), agent,
                                 [](const Entry& e, u32 wanted) { return e.agent < wanted; });
     }
-    std::vector<u32> warps_;     // by slot
+    std::vector<u32> warps_;    // by slot
     std::vector<Entry> lanes_;  // sorted by agent; only what goes beyond warps_
 };
 

@@ -38,22 +38,38 @@ void add_comparison(Forms& forms, const std::string& name, const std::string& ty
 }
 
 template <class T>
-bool equal(T a, T b) { return a == b; }
+bool equal(T a, T b) {
+    return a == b;
+}
 // Ordered comparisons are false when an operand is NaN, "u" ones true.
 template <class T>
-bool not_equal(T a, T b) { return a < b || a > b; }
+bool not_equal(T a, T b) {
+    return a < b || a > b;
+}
 template <class T>
-bool less(T a, T b) { return a < b; }
+bool less(T a, T b) {
+    return a < b;
+}
 template <class T>
-bool less_equal(T a, T b) { return a <= b; }
+bool less_equal(T a, T b) {
+    return a <= b;
+}
 template <class T>
-bool greater(T a, T b) { return a > b; }
+bool greater(T a, T b) {
+    return a > b;
+}
 template <class T>
-bool greater_equal(T a, T b) { return a >= b; }
+bool greater_equal(T a, T b) {
+    return a >= b;
+}
 template <class T, auto kCompare>
-bool negation(T a, T b) { return !kCompare(a, b); }
+bool negation(T a, T b) {
+    return !kCompare(a, b);
+}
 template <class T>
-bool is_number(T a, T b) { return a == a && b == b; }
+bool is_number(T a, T b) {
+    return a == a && b == b;
+}
 
 template <class T>
 void add_integer_comparisons(Forms& forms, const std::string& type) {
@@ -90,7 +106,9 @@ void add_float_comparisons(Forms& forms, const std::string& type) {
 }
 
 template <class T>
-T select(T a, T b, bool condition) { return condition ? a : b; }
+T select(T a, T b, bool condition) {
+    return condition ? a : b;
+}
 
 }  // namespace
 

@@ -25,12 +25,13 @@ Outcome branch_indexed(Step& step, const Instruction& instruction) {
     for_lanes(step.active, [&](int lane) {
         if (u32(index[lane]) >= table.size())
             step.machine.fault(step.warp, lane, instruction,
-                               "expected an index below " + std::to_string(table.size()) + ", got " +
-                                   std::to_string(u32(index[lane])));
+                               "expected an index below " + std::to_string(table.size()) +
+                                   ", got " + std::to_string(u32(index[lane])));
         lanes_by_target[table[u32(index[lane])]] |= 1u << lane;
     });
     step.warp.groups.erase(step.warp.groups.begin() + i64(step.group));
-    for (const auto& [target, lanes] : lanes_by_target) step.warp.groups.push_back({u32(target), lanes});
+    for (const auto& [target, lanes] : lanes_by_target)
+        step.warp.groups.push_back({u32(target), lanes});
     return Outcome::kJumped;
 }
 
@@ -77,22 +78,29 @@ namespace {
 void arrive(Step& step, const Instruction& instruction, u32 number, u32 threads) {
     Barrier& state = step.cta.barriers[number];
     const auto misuse = [&](const std::string& what) {
-        step.machine.report("barrier", std::to_string(instruction.site) + what,
-                            what + " at " + step.machine.where(step.warp, step.first_lane(), instruction));
+        step.machine.report(
+            "barrier", std::to_string(instruction.site) + what,
+            what + " at " + step.machine.where(step.warp, step.first_lane(), instruction));
     };
     const std::string name = "barrier " + std::to_string(number);
-    if (threads % kLanes != 0) misuse(name + ": expected a thread count that is a multiple of 32, got " + std::to_string(threads));
+    if (threads % kLanes != 0)
+        misuse(name + ": expected a thread count that is a multiple of 32, got " +
+               std::to_string(threads));
     if (state.arrived > 0 && state.expected != threads)
-        misuse(name + ": expected " + std::to_string(state.expected) + " threads like the warps before, got " + std::to_string(threads));
+        misuse(name + ": expected " + std::to_string(state.expected) +
+               " threads like the warps before, got " + std::to_string(threads));
     if (!state.warps.insert(step.warp.index).second && !(instruction.variant & kUnaligned))
         misuse(name + ": a warp arrives twice before the barrier is complete");
     state.expected = threads;
-    state.arrived += instruction.variant & kUnaligned ? u32(std::popcount(step.active)) : u32(kLanes);
+    state.arrived +=
+        instruction.variant & kUnaligned ? u32(std::popcount(step.active)) : u32(kLanes);
     const u32 limit = threads ? threads : u32(step.cta.warps.size()) * kLanes;
     if (state.arrived > limit)
-        misuse(name + ": expected at most " + std::to_string(limit) + " threads, got " + std::to_string(state.arrived));
+        misuse(name + ": expected at most " + std::to_string(limit) + " threads, got " +
+               std::to_string(state.arrived));
     if (step.machine.races()) step.machine.races()->arrive(step, state.arriving);
-    if (step.machine.store_buffers()) step.machine.store_buffers()->cta_barrier(step.warp, step.active);
+    if (step.machine.store_buffers())
+        step.machine.store_buffers()->cta_barrier(step.warp, step.active);
 }
 
 }  // namespace
@@ -103,7 +111,8 @@ Outcome barrier(Step& step, const Instruction& instruction) {
     const u32 number = u32(step.source(instruction, 0)[first]);
     const u32 threads = u32(step.source(instruction, 1)[first]);
     if (number >= 16)
-        step.machine.fault(step.warp, first, instruction, "expected a barrier below 16, got " + std::to_string(number));
+        step.machine.fault(step.warp, first, instruction,
+                           "expected a barrier below 16, got " + std::to_string(number));
     Barrier& state = step.cta.barriers[number];
     const u8 kind = instruction.variant & (kUnaligned - 1);
     if (group->wait == Wait::kBarrier) {  // woken: the barrier is complete
@@ -111,7 +120,7 @@ Outcome barrier(Step& step, const Instruction& instruction) {
         if (step.machine.races()) step.machine.races()->acquire(step, state.completed);
         if (kind >= kCountTrue) {
             u64* d = step.destination(instruction, 0);
-            const u64 result = kind == kCountTrue  ? state.result_count
+            const u64 result = kind == kCountTrue ? state.result_count
                                : kind == kAllTrue ? state.result_count == state.result_voters
                                                   : state.result_count != 0;
             for_lanes(step.active, [&](int lane) { d[lane] = result; });

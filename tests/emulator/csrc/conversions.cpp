@@ -26,7 +26,8 @@ Outcome integer_saturated(Step& step, const Instruction& instruction) {
     u64* d = step.destination(instruction, 0);
     const int width = int(instruction.immediate);
     for_lanes(step.active, [&](int lane) {
-        const __int128 lowest = std::numeric_limits<To>::min(), highest = std::numeric_limits<To>::max();
+        const __int128 lowest = std::numeric_limits<To>::min(),
+                       highest = std::numeric_limits<To>::max();
         const __int128 value = std::clamp<__int128>(from_bits<From>(a[lane]), lowest, highest);
         d[lane] = keep_bits(static_cast<u64>(static_cast<i64>(static_cast<To>(value))), width);
     });
@@ -36,10 +37,14 @@ Outcome integer_saturated(Step& step, const Instruction& instruction) {
 template <Rounding kRounding>
 double to_integral(double value) {
     switch (kRounding) {
-        case Rounding::kZero: return std::trunc(value);
-        case Rounding::kDown: return std::floor(value);
-        case Rounding::kUp: return std::ceil(value);
-        default: return std::nearbyint(value);  // ties to even: the host's mode is never left changed
+        case Rounding::kZero:
+            return std::trunc(value);
+        case Rounding::kDown:
+            return std::floor(value);
+        case Rounding::kUp:
+            return std::ceil(value);
+        default:
+            return std::nearbyint(value);  // ties to even: the host's mode is never left changed
     }
 }
 
@@ -53,10 +58,14 @@ Outcome float_to_integer(Step& step, const Instruction& instruction) {
     for_lanes(step.active, [&](int lane) {
         const double value = to_integral<kRounding>(double(from_bits<From>(a[lane])));
         To result = 0;
-        if (std::isnan(value)) result = sizeof(To) == 8 ? To(u64{1} << 63) : To(0);
-        else if (value >= std::ldexp(1.0, kDigits)) result = std::numeric_limits<To>::max();
-        else if (value < double(std::numeric_limits<To>::min())) result = std::numeric_limits<To>::min();
-        else result = static_cast<To>(value);
+        if (std::isnan(value))
+            result = sizeof(To) == 8 ? To(u64{1} << 63) : To(0);
+        else if (value >= std::ldexp(1.0, kDigits))
+            result = std::numeric_limits<To>::max();
+        else if (value < double(std::numeric_limits<To>::min()))
+            result = std::numeric_limits<To>::min();
+        else
+            result = static_cast<To>(value);
         d[lane] = keep_bits(static_cast<u64>(static_cast<i64>(result)), width);
     });
     return Outcome::kAdvance;
@@ -66,13 +75,15 @@ Outcome float_to_integer(Step& step, const Instruction& instruction) {
 template <class To, class From, Rounding kRounding>
 To integer_to_float(From value) {
     const bool negative = std::is_signed_v<From> && value < 0;
-    u64 magnitude = negative ? 0 - static_cast<u64>(static_cast<i64>(value)) : static_cast<u64>(value);
+    u64 magnitude =
+        negative ? 0 - static_cast<u64>(static_cast<i64>(value)) : static_cast<u64>(value);
     const int surplus = std::bit_width(magnitude) - std::numeric_limits<To>::digits;
     if (surplus > 0) {
         const u64 rest = keep_bits(magnitude, surplus), half = u64{1} << (surplus - 1);
         magnitude -= rest;
         bool up = false;
-        if (kRounding == Rounding::kNearest) up = rest > half || (rest == half && (magnitude >> surplus & 1));
+        if (kRounding == Rounding::kNearest)
+            up = rest > half || (rest == half && (magnitude >> surplus & 1));
         if (kRounding == Rounding::kUp) up = rest && !negative;
         if (kRounding == Rounding::kDown) up = rest && negative;
         const To above = up ? std::ldexp(To(1), surplus) : To(0);
@@ -82,9 +93,13 @@ To integer_to_float(From value) {
 }
 
 template <Rounding kRounding>
-float round_float(float a) { return std::isnan(a) ? std::bit_cast<float>(0x7fffffffu) : float(to_integral<kRounding>(a)); }
+float round_float(float a) {
+    return std::isnan(a) ? std::bit_cast<float>(0x7fffffffu) : float(to_integral<kRounding>(a));
+}
 template <Rounding kRounding>
-double round_double(double a) { return to_integral<kRounding>(a); }
+double round_double(double a) {
+    return to_integral<kRounding>(a);
+}
 double widen_float(float a) { return a; }
 template <Rounding kRounding>
 float narrow_double(double a) {
@@ -110,14 +125,18 @@ u32 narrow(float a) {
 }
 // Two values in one register; the first operand becomes the upper half.
 template <auto kNarrow, int kBits>
-u32 pack(float a, float b) { return kNarrow(a) << kBits | kNarrow(b); }
+u32 pack(float a, float b) {
+    return kNarrow(a) << kBits | kNarrow(b);
+}
 template <class Format>
 u32 eights_to_halves(u16 a) {
-    return Half::narrow(Format::widen(a >> 8), false) << 16 | Half::narrow(Format::widen(a & 255), false);
+    return Half::narrow(Format::widen(a >> 8), false) << 16 |
+           Half::narrow(Format::widen(a & 255), false);
 }
 template <class Format>
 u16 halves_to_eights(u32 a) {
-    return u16(Format::narrow(Half::widen(a >> 16), true) << 8 | Format::narrow(Half::widen(a & 0xffff), true));
+    return u16(Format::narrow(Half::widen(a >> 16), true) << 8 |
+               Format::narrow(Half::widen(a & 0xffff), true));
 }
 /// ue8m0: a power of two, no sign, 0xff is NaN.
 template <Rounding kRounding>
@@ -130,7 +149,9 @@ u32 narrow_scale(float a) {
     return std::min(exponent, 0xfeu);  // saturates to the largest finite value
 }
 u32 scales_to_brains(u16 a) {
-    const auto one = [](u32 scale) { return scale == 0xff ? 0x7fffu : scale == 0 ? 0x40u : scale << 7; };
+    const auto one = [](u32 scale) {
+        return scale == 0xff ? 0x7fffu : scale == 0 ? 0x40u : scale << 7;
+    };
     return one(a >> 8) << 16 | one(a & 255);
 }
 
@@ -149,11 +170,13 @@ void add_from_integer(Forms& forms, const std::string& from) {
     add_integer_pair<u32, From>(forms, "u32", from);
     add_integer_pair<i64, From>(forms, "s64", from);
     add_integer_pair<u64, From>(forms, "u64", from);
-    forms["cvt.rn.f32." + from] = {apply1<From, integer_to_float<float, From, Rounding::kNearest>>, 1};
+    forms["cvt.rn.f32." + from] = {apply1<From, integer_to_float<float, From, Rounding::kNearest>>,
+                                   1};
     forms["cvt.rz.f32." + from] = {apply1<From, integer_to_float<float, From, Rounding::kZero>>, 1};
     forms["cvt.rm.f32." + from] = {apply1<From, integer_to_float<float, From, Rounding::kDown>>, 1};
     forms["cvt.rp.f32." + from] = {apply1<From, integer_to_float<float, From, Rounding::kUp>>, 1};
-    forms["cvt.rn.f64." + from] = {apply1<From, integer_to_float<double, From, Rounding::kNearest>>, 1};
+    forms["cvt.rn.f64." + from] = {apply1<From, integer_to_float<double, From, Rounding::kNearest>>,
+                                   1};
 }
 template <class To, class From>
 void add_float_to_integer(Forms& forms, const std::string& to, const std::string& from) {

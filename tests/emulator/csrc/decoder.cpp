@@ -46,8 +46,9 @@ class Modifiers {
         if (!words_.empty()) fail();
     }
     [[noreturn]] void fail() const {
-        throw ParseError(statement_.line, "unsupported instruction '" + statement_.opcode + "'" +
-                                              (words_.empty() ? "" : " (at '." + words_.front() + "')"));
+        throw ParseError(statement_.line,
+                         "unsupported instruction '" + statement_.opcode + "'" +
+                             (words_.empty() ? "" : " (at '." + words_.front() + "')"));
     }
 
  private:
@@ -61,11 +62,20 @@ struct TypeInfo {
     bool is_signed;
 };
 TypeInfo take_type(Modifiers& modifiers) {
-    return modifiers.take_one<TypeInfo>({{"b8", {1, false}},  {"u8", {1, false}},  {"s8", {1, true}},
-                                         {"b16", {2, false}}, {"u16", {2, false}}, {"s16", {2, true}},
-                                         {"b32", {4, false}}, {"u32", {4, false}}, {"s32", {4, true}},
-                                         {"f32", {4, false}}, {"b64", {8, false}}, {"u64", {8, false}},
-                                         {"s64", {8, true}},  {"f64", {8, false}}});
+    return modifiers.take_one<TypeInfo>({{"b8", {1, false}},
+                                         {"u8", {1, false}},
+                                         {"s8", {1, true}},
+                                         {"b16", {2, false}},
+                                         {"u16", {2, false}},
+                                         {"s16", {2, true}},
+                                         {"b32", {4, false}},
+                                         {"u32", {4, false}},
+                                         {"s32", {4, true}},
+                                         {"f32", {4, false}},
+                                         {"b64", {8, false}},
+                                         {"u64", {8, false}},
+                                         {"s64", {8, true}},
+                                         {"f64", {8, false}}});
 }
 
 class Decoder {
@@ -101,18 +111,21 @@ class Decoder {
     // Operands.
     const Operand& operand(size_t number) const {
         if (number >= statement_.operands.size())
-            throw ParseError(statement_.line, "expected more operands for '" + statement_.opcode + "'");
+            throw ParseError(statement_.line,
+                             "expected more operands for '" + statement_.opcode + "'");
         return statement_.operands[number];
     }
     void expect_operands(size_t least, size_t most) const {
         const size_t count = statement_.operands.size();
         if (count < least || count > most)
-            throw ParseError(statement_.line, "expected " + std::to_string(least) + " operands for '" +
-                                                  statement_.opcode + "', got " + std::to_string(count));
+            throw ParseError(statement_.line, "expected " + std::to_string(least) +
+                                                  " operands for '" + statement_.opcode +
+                                                  "', got " + std::to_string(count));
     }
     void write(const Operand& what) {
         const i32 row = builder_.row_of(what, statement_.line);
-        if (row < 0) throw ParseError(statement_.line, "expected a register, got '" + what.text + "'");
+        if (row < 0)
+            throw ParseError(statement_.line, "expected a register, got '" + what.text + "'");
         out_.destinations[out_.num_destinations++] = row;
     }
     void read_row(i32 row) { out_.sources[out_.num_sources++] = row; }
@@ -138,14 +151,16 @@ class Decoder {
         return inversion.destinations[0];
     }
     void read_address(const Operand& what) {
-        if (what.kind != Operand::kAddress) throw ParseError(statement_.line, "expected an address in brackets");
+        if (what.kind != Operand::kAddress)
+            throw ParseError(statement_.line, "expected an address in brackets");
         read(what.parts.at(0));
         out_.offset = what.offset;
     }
     /// For instructions with several addresses: offsets are added beforehand.
     void read_plain_address(const Operand& what) {
         read_address(what);
-        if (out_.offset != 0) throw ParseError(statement_.line, "unsupported offset in '" + statement_.opcode + "'");
+        if (out_.offset != 0)
+            throw ParseError(statement_.line, "unsupported offset in '" + statement_.opcode + "'");
     }
     /// d or d|p
     void write_pair(const Operand& what) {
@@ -169,26 +184,41 @@ class Decoder {
 
 const std::map<std::string, Decoder::Function>& Decoder::functions() {
     static const std::map<std::string, Function> functions{
-        {"mov", &Decoder::decode_move},        {"cvta", &Decoder::decode_cvta},
-        {"ld", &Decoder::decode_load_store},   {"st", &Decoder::decode_load_store},
-        {"ldu", &Decoder::decode_load_store},  {"atom", &Decoder::decode_atomic},
-        {"red", &Decoder::decode_atomic},      {"fence", &Decoder::decode_fence},
-        {"membar", &Decoder::decode_fence},    {"bra", &Decoder::decode_branch},
-        {"brx", &Decoder::decode_branch},      {"ret", &Decoder::decode_leave},
-        {"exit", &Decoder::decode_leave},      {"bar", &Decoder::decode_barrier},
-        {"barrier", &Decoder::decode_barrier}, {"call", &Decoder::decode_call},
-        {"shfl", &Decoder::decode_shuffle},    {"vote", &Decoder::decode_vote},
-        {"match", &Decoder::decode_match},     {"redux", &Decoder::decode_reduce},
-        {"elect", &Decoder::decode_elect},     {"activemask", &Decoder::decode_simple},
-        {"trap", &Decoder::decode_simple},     {"nanosleep", &Decoder::decode_simple},
-        {"prefetch", &Decoder::decode_simple}, {"createpolicy", &Decoder::decode_simple},
-        {"mbarrier", &Decoder::decode_transaction}, {"cp", &Decoder::decode_bulk},
+        {"mov", &Decoder::decode_move},
+        {"cvta", &Decoder::decode_cvta},
+        {"ld", &Decoder::decode_load_store},
+        {"st", &Decoder::decode_load_store},
+        {"ldu", &Decoder::decode_load_store},
+        {"atom", &Decoder::decode_atomic},
+        {"red", &Decoder::decode_atomic},
+        {"fence", &Decoder::decode_fence},
+        {"membar", &Decoder::decode_fence},
+        {"bra", &Decoder::decode_branch},
+        {"brx", &Decoder::decode_branch},
+        {"ret", &Decoder::decode_leave},
+        {"exit", &Decoder::decode_leave},
+        {"bar", &Decoder::decode_barrier},
+        {"barrier", &Decoder::decode_barrier},
+        {"call", &Decoder::decode_call},
+        {"shfl", &Decoder::decode_shuffle},
+        {"vote", &Decoder::decode_vote},
+        {"match", &Decoder::decode_match},
+        {"redux", &Decoder::decode_reduce},
+        {"elect", &Decoder::decode_elect},
+        {"activemask", &Decoder::decode_simple},
+        {"trap", &Decoder::decode_simple},
+        {"nanosleep", &Decoder::decode_simple},
+        {"prefetch", &Decoder::decode_simple},
+        {"createpolicy", &Decoder::decode_simple},
+        {"mbarrier", &Decoder::decode_transaction},
+        {"cp", &Decoder::decode_bulk},
     };
     return functions;
 }
 
 void Decoder::run() {
-    if (const auto form = computing_forms().find(statement_.opcode); form != computing_forms().end())
+    if (const auto form = computing_forms().find(statement_.opcode);
+        form != computing_forms().end())
         return decode_form(form->second);
     const auto function = functions().find(modifiers_.name());
     if (function == functions().end()) modifiers_.fail();
@@ -221,7 +251,9 @@ void Decoder::decode_move() {
         out_.variant = from.text == "%globaltimer" ? 0 : from.text == "%globaltimer_lo" ? 1 : 2;
         return emit(read_time);
     }
-    const int bytes = modifiers_.take("pred") ? 1 : modifiers_.take("b128") ? 16 : take_type(modifiers_).bytes;
+    const int bytes = modifiers_.take("pred")   ? 1
+                      : modifiers_.take("b128") ? 16
+                                                : take_type(modifiers_).bytes;
     if (bytes == 16) modifiers_.fail();
     if (to.kind == Operand::kVector) {
         for (const Operand& part : to.parts) write(part);
@@ -256,10 +288,13 @@ void Decoder::decode_cvta() {
 }
 
 Space Decoder::take_space() {
-    return modifiers_.take_one_or<Space>(
-        Space::kGeneric, {{"global", Space::kGlobal}, {"shared", Space::kShared}, {"shared::cta", Space::kShared},
-                          {"shared::cluster", Space::kShared}, {"local", Space::kLocal}, {"param", Space::kParam},
-                          {"const", Space::kConst}});
+    return modifiers_.take_one_or<Space>(Space::kGeneric, {{"global", Space::kGlobal},
+                                                           {"shared", Space::kShared},
+                                                           {"shared::cta", Space::kShared},
+                                                           {"shared::cluster", Space::kShared},
+                                                           {"local", Space::kLocal},
+                                                           {"param", Space::kParam},
+                                                           {"const", Space::kConst}});
 }
 
 void Decoder::take_order_and_scope(Order otherwise, Scope scope_otherwise) {
@@ -270,13 +305,18 @@ void Decoder::take_order_and_scope(Order otherwise, Scope scope_otherwise) {
         out_.order = Order::kRelaxed;
         out_.scope = Scope::kSys;
     } else {
-        out_.order = modifiers_.take_one_or<Order>(
-            otherwise, {{"weak", Order::kWeak}, {"relaxed", Order::kRelaxed}, {"acquire", Order::kAcquire},
-                        {"release", Order::kRelease}, {"acq_rel", Order::kAcquireRelease}});
+        out_.order =
+            modifiers_.take_one_or<Order>(otherwise, {{"weak", Order::kWeak},
+                                                      {"relaxed", Order::kRelaxed},
+                                                      {"acquire", Order::kAcquire},
+                                                      {"release", Order::kRelease},
+                                                      {"acq_rel", Order::kAcquireRelease}});
     }
     // A cluster is one CTA here: kernels with larger clusters are refused when launched.
-    out_.scope = modifiers_.take_one_or<Scope>(out_.scope, {{"cta", Scope::kCta}, {"cluster", Scope::kCta},
-                                                            {"gpu", Scope::kGpu}, {"sys", Scope::kSys}});
+    out_.scope = modifiers_.take_one_or<Scope>(out_.scope, {{"cta", Scope::kCta},
+                                                            {"cluster", Scope::kCta},
+                                                            {"gpu", Scope::kGpu},
+                                                            {"sys", Scope::kSys}});
 }
 
 void Decoder::decode_call_parameter(bool is_load, i32 row) {
@@ -299,13 +339,15 @@ void Decoder::decode_load_store() {
     const Operand& value = operand(is_load ? 0 : 1);
     out_.space = take_space();
     if (out_.space == Space::kParam && address.kind == Operand::kAddress)
-        if (const auto row = builder_.find_register(address.parts.at(0).text); row && builder_.bits_of(*row) <= 64)
+        if (const auto row = builder_.find_register(address.parts.at(0).text);
+            row && builder_.bits_of(*row) <= 64)
             if (address.parts.at(0).text[0] != '%') return decode_call_parameter(is_load, *row);
     take_order_and_scope(Order::kWeak, Scope::kSys);
     if (is_load) modifiers_.take("nc");
-    for (const char* hint : {"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-                             "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal",
-                             "L2::64B", "L2::128B", "L2::256B", "L2::cache_hint", "ca", "cg", "cs", "lu", "cv", "wb", "wt"})
+    for (const char* hint :
+         {"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
+          "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B",
+          "L2::128B", "L2::256B", "L2::cache_hint", "ca", "cg", "cs", "lu", "cv", "wb", "wt"})
         modifiers_.take(hint);  // how to cache, not what is read
     out_.num_elements = u8(modifiers_.take_one_or<int>(1, {{"v2", 2}, {"v4", 4}, {"v8", 8}}));
     const TypeInfo type = take_type(modifiers_);
@@ -319,9 +361,12 @@ void Decoder::decode_load_store() {
         read_all(value);
         return emit(store);
     }
-    if (value.kind == Operand::kVector) for (const Operand& part : value.parts) write(part);
-    else write(value);
-    out_.immediate = u64(value.kind == Operand::kVector ? 64 : builder_.bits_of(out_.destinations[0]));
+    if (value.kind == Operand::kVector)
+        for (const Operand& part : value.parts) write(part);
+    else
+        write(value);
+    out_.immediate =
+        u64(value.kind == Operand::kVector ? 64 : builder_.bits_of(out_.destinations[0]));
     if (out_.space == Space::kConst) out_.space = Space::kGlobal;
     emit(out_.space == Space::kParam ? load_parameter : load);
 }
@@ -332,28 +377,48 @@ void Decoder::decode_atomic() {
     take_order_and_scope(Order::kRelaxed, Scope::kGpu);
     out_.space = take_space();
     modifiers_.take("L2::cache_hint");
-    const std::string operation = modifiers_.take_one<std::string>(
-        {{"exch", "exch"}, {"cas", "cas"}, {"add", "add"}, {"min", "min"}, {"max", "max"}, {"and", "and"},
-         {"or", "or"}, {"xor", "xor"}, {"inc", "inc"}, {"dec", "dec"}});
+    const std::string operation = modifiers_.take_one<std::string>({{"exch", "exch"},
+                                                                    {"cas", "cas"},
+                                                                    {"add", "add"},
+                                                                    {"min", "min"},
+                                                                    {"max", "max"},
+                                                                    {"and", "and"},
+                                                                    {"or", "or"},
+                                                                    {"xor", "xor"},
+                                                                    {"inc", "inc"},
+                                                                    {"dec", "dec"}});
     modifiers_.take("noftz");
-    const std::string type = modifiers_.take_one<std::string>(
-        {{"b32", "b32"}, {"u32", "u32"}, {"s32", "s32"}, {"f32", "f32"}, {"b64", "b64"}, {"u64", "u64"},
-         {"s64", "s64"}, {"f64", "f64"}, {"f16x2", "f16x2"}, {"bf16x2", "bf16x2"}});
-    static const std::map<std::string, AtomicVariant> plain{{"exch", kExchange}, {"cas", kCompareSwap},
-        {"add", kAtomicAdd}, {"and", kAtomicAnd}, {"or", kAtomicOr}, {"xor", kAtomicXor}, {"inc", kIncrement},
-        {"dec", kDecrement}, {"min", kAtomicMinUnsigned}, {"max", kAtomicMaxUnsigned}};
+    const std::string type = modifiers_.take_one<std::string>({{"b32", "b32"},
+                                                               {"u32", "u32"},
+                                                               {"s32", "s32"},
+                                                               {"f32", "f32"},
+                                                               {"b64", "b64"},
+                                                               {"u64", "u64"},
+                                                               {"s64", "s64"},
+                                                               {"f64", "f64"},
+                                                               {"f16x2", "f16x2"},
+                                                               {"bf16x2", "bf16x2"}});
+    static const std::map<std::string, AtomicVariant> plain{
+        {"exch", kExchange},        {"cas", kCompareSwap}, {"add", kAtomicAdd},
+        {"and", kAtomicAnd},        {"or", kAtomicOr},     {"xor", kAtomicXor},
+        {"inc", kIncrement},        {"dec", kDecrement},   {"min", kAtomicMinUnsigned},
+        {"max", kAtomicMaxUnsigned}};
     out_.element_bytes = type.ends_with("64") ? 8 : 4;
     out_.variant = plain.at(operation);
     if (type[0] == 's' && operation == "min") out_.variant = kAtomicMinSigned;
     if (type[0] == 's' && operation == "max") out_.variant = kAtomicMaxSigned;
     if (type.find('f') != std::string::npos) {
         if (operation != "add") modifiers_.fail();
-        out_.variant = type == "f32" ? kAtomicAddFloat : type == "f64" ? kAtomicAddDouble
-                       : type == "f16x2" ? kAtomicAddHalves : kAtomicAddBrains;
+        out_.variant = type == "f32"     ? kAtomicAddFloat
+                       : type == "f64"   ? kAtomicAddDouble
+                       : type == "f16x2" ? kAtomicAddHalves
+                                         : kAtomicAddBrains;
     }
     size_t next = 0;
-    if (!is_reduction) write(operand(next++));
-    else out_.destinations[out_.num_destinations++] = builder_.sink();
+    if (!is_reduction)
+        write(operand(next++));
+    else
+        out_.destinations[out_.num_destinations++] = builder_.sink();
     read_address(operand(next++));
     read(operand(next++));
     if (operation == "cas") read(operand(next++));
@@ -367,7 +432,8 @@ void Decoder::decode_fence() {
         out_.space = take_space();
         return emit(proxy_fence);
     }
-    if (modifiers_.take("mbarrier_init")) {  // a release of the barrier's initial state at cluster scope
+    if (modifiers_.take(
+            "mbarrier_init")) {  // a release of the barrier's initial state at cluster scope
         if (!modifiers_.take("release")) modifiers_.fail();
         out_.scope = modifiers_.take_one<Scope>({{"cluster", Scope::kCta}});
         out_.order = Order::kAcquireRelease;
@@ -376,8 +442,11 @@ void Decoder::decode_fence() {
     modifiers_.take("sc");
     modifiers_.take("acq_rel");
     out_.order = Order::kAcquireRelease;
-    out_.scope = modifiers_.take_one<Scope>({{"cta", Scope::kCta}, {"cluster", Scope::kCta}, {"gpu", Scope::kGpu},
-                                             {"gl", Scope::kGpu}, {"sys", Scope::kSys}});
+    out_.scope = modifiers_.take_one<Scope>({{"cta", Scope::kCta},
+                                             {"cluster", Scope::kCta},
+                                             {"gpu", Scope::kGpu},
+                                             {"gl", Scope::kGpu},
+                                             {"sys", Scope::kSys}});
     emit(fence);
 }
 
@@ -412,16 +481,21 @@ void Decoder::decode_barrier() {
         return emit(sync_warp);
     }
     const bool is_reduction = modifiers_.take("red");
-    if (is_reduction) out_.variant = modifiers_.take_one<u8>({{"popc", kCountTrue}, {"and", kAllTrue}, {"or", kAnyTrue}});
-    else out_.variant = modifiers_.take_one<u8>({{"sync", kSync}, {"arrive", kArrive}});
+    if (is_reduction)
+        out_.variant =
+            modifiers_.take_one<u8>({{"popc", kCountTrue}, {"and", kAllTrue}, {"or", kAnyTrue}});
+    else
+        out_.variant = modifiers_.take_one<u8>({{"sync", kSync}, {"arrive", kArrive}});
     if (!modifiers_.take("aligned") && !is_bar) out_.variant |= kUnaligned;
     if (is_reduction) modifiers_.take_one<int>({{"u32", 0}, {"pred", 0}});
     size_t next = 0;
     if (is_reduction) write(operand(next++));
     const size_t last = statement_.operands.size() - (is_reduction ? 1 : 0);
     read(operand(next++));
-    if (next < last) read(operand(next++));
-    else read_row(builder_.constant(0));
+    if (next < last)
+        read(operand(next++));
+    else
+        read_row(builder_.constant(0));
     if (is_reduction) read(operand(next++));
     emit(barrier);
 }
@@ -433,8 +507,10 @@ void Decoder::decode_call() {
     const auto& externs = builder_.module().externs;
     const auto found = std::ranges::find(externs, name.text);
     if (found == externs.end())
-        throw ParseError(statement_.line, "unsupported call of '" + name.text + "', which is no extern function");
-    if (has_result) for (const Operand& result : operand(0).parts) write(result);
+        throw ParseError(statement_.line,
+                         "unsupported call of '" + name.text + "', which is no extern function");
+    if (has_result)
+        for (const Operand& result : operand(0).parts) write(result);
     const size_t list = has_result ? 2 : 1;
     if (list < statement_.operands.size())
         for (const Operand& argument : operand(list).parts) read(argument);
@@ -445,7 +521,8 @@ void Decoder::decode_call() {
 void Decoder::decode_shuffle() {
     expect_operands(5, 5);
     modifiers_.take_one<int>({{"sync", 0}});
-    out_.variant = modifiers_.take_one<u8>({{"idx", kIndex}, {"up", kUp}, {"down", kDown}, {"bfly", kButterfly}});
+    out_.variant = modifiers_.take_one<u8>(
+        {{"idx", kIndex}, {"up", kUp}, {"down", kDown}, {"bfly", kButterfly}});
     modifiers_.take_one<int>({{"b32", 0}});
     write_pair(operand(0));
     for (size_t i = 1; i < 5; ++i) read(operand(i));
@@ -456,7 +533,8 @@ void Decoder::decode_shuffle() {
 void Decoder::decode_vote() {
     expect_operands(3, 3);
     modifiers_.take_one<int>({{"sync", 0}});
-    out_.variant = modifiers_.take_one<u8>({{"ballot", kBallot}, {"all", kAll}, {"any", kAny}, {"uni", kUniform}});
+    out_.variant = modifiers_.take_one<u8>(
+        {{"ballot", kBallot}, {"all", kAll}, {"any", kAny}, {"uni", kUniform}});
     modifiers_.take_one<int>({{"b32", 0}, {"pred", 0}});
     write(operand(0));
     read(operand(1));
@@ -480,9 +558,14 @@ void Decoder::decode_match() {
 void Decoder::decode_reduce() {
     expect_operands(3, 3);
     modifiers_.take_one<int>({{"sync", 0}});
-    const bool is_signed = modifiers_.take_one<bool>({{"s32", true}, {"u32", false}, {"b32", false}});
-    out_.variant = modifiers_.take_one<u8>({{"add", kAdd}, {"min", is_signed ? kMinSigned : kMinUnsigned},
-        {"max", is_signed ? kMaxSigned : kMaxUnsigned}, {"and", kAnd}, {"or", kOr}, {"xor", kXor}});
+    const bool is_signed =
+        modifiers_.take_one<bool>({{"s32", true}, {"u32", false}, {"b32", false}});
+    out_.variant = modifiers_.take_one<u8>({{"add", kAdd},
+                                            {"min", is_signed ? kMinSigned : kMinUnsigned},
+                                            {"max", is_signed ? kMaxSigned : kMaxUnsigned},
+                                            {"and", kAnd},
+                                            {"or", kOr},
+                                            {"xor", kXor}});
     write(operand(0));
     read(operand(1));
     read(operand(2));
@@ -529,11 +612,17 @@ void Decoder::decode_simple() {
 }
 
 void Decoder::decode_transaction() {
-    const std::string what = modifiers_.take_one<std::string>({{"init", "init"}, {"inval", "inval"},
-        {"arrive", "arrive"}, {"expect_tx", "expect"}, {"try_wait", "wait"}, {"test_wait", "wait"}});
+    const std::string what = modifiers_.take_one<std::string>({{"init", "init"},
+                                                               {"inval", "inval"},
+                                                               {"arrive", "arrive"},
+                                                               {"expect_tx", "expect"},
+                                                               {"try_wait", "wait"},
+                                                               {"test_wait", "wait"}});
     const bool with_bytes = modifiers_.take("expect_tx");
     const bool by_parity = modifiers_.take("parity");
-    out_.order = what == "wait" ? Order::kAcquire : what == "expect" ? Order::kRelaxed : Order::kRelease;
+    out_.order = what == "wait"     ? Order::kAcquire
+                 : what == "expect" ? Order::kRelaxed
+                                    : Order::kRelease;
     take_order_and_scope(out_.order, Scope::kCta);
     out_.space = take_space();
     if (out_.space == Space::kGeneric) modifiers_.fail();
@@ -543,7 +632,9 @@ void Decoder::decode_transaction() {
         read_address(operand(0));
         if (what != "inval") read(operand(1));
         out_.variant = kExpectOnly;
-        return emit(what == "init" ? barrier_init : what == "inval" ? barrier_invalidate : barrier_arrive);
+        return emit(what == "init"    ? barrier_init
+                    : what == "inval" ? barrier_invalidate
+                                      : barrier_arrive);
     }
     write(operand(0));
     read_address(operand(1));
@@ -551,8 +642,10 @@ void Decoder::decode_transaction() {
         read(operand(2));
         return emit(by_parity ? barrier_try : barrier_try_state);
     }
-    if (statement_.operands.size() > 2) read(operand(2));
-    else read_row(builder_.constant(1));
+    if (statement_.operands.size() > 2)
+        read(operand(2));
+    else
+        read_row(builder_.constant(1));
     out_.variant = with_bytes ? kArriveAndExpect : kArriveOnly;
     emit(barrier_arrive);
 }
@@ -576,7 +669,8 @@ void Decoder::decode_bulk() {
         read(operand(2));
         return emit(bulk_store);
     }
-    if (!modifiers_.take("mbarrier::complete_tx::bytes") || !modifiers_.take("global")) modifiers_.fail();
+    if (!modifiers_.take("mbarrier::complete_tx::bytes") || !modifiers_.take("global"))
+        modifiers_.fail();
     if (!modifiers_.take("shared::cluster") && !modifiers_.take("shared::cta")) modifiers_.fail();
     expect_operands(4, hint ? 5 : 4);
     read_plain_address(operand(0));
@@ -588,6 +682,8 @@ void Decoder::decode_bulk() {
 
 }  // namespace
 
-void decode(KernelBuilder& builder, const Statement& statement) { Decoder(builder, statement).run(); }
+void decode(KernelBuilder& builder, const Statement& statement) {
+    Decoder(builder, statement).run();
+}
 
 }  // namespace ptx

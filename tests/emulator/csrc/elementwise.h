@@ -32,8 +32,8 @@ Outcome apply3(Step& step, const Instruction& instruction) {
     const u64* c = step.source(instruction, 2);
     u64* d = step.destination(instruction, 0);
     for_lanes(step.active, [&](int lane) {
-        d[lane] = to_bits(
-            kFunction(from_bits<A>(a[lane]), from_bits<B>(b[lane]), from_bits<C>(c[lane])));
+        d[lane] =
+            to_bits(kFunction(from_bits<A>(a[lane]), from_bits<B>(b[lane]), from_bits<C>(c[lane])));
     });
     return Outcome::kAdvance;
 }

@@ -7,32 +7,54 @@
 namespace ptx {
 namespace {
 
-float canonical(float value) { return std::isnan(value) ? std::bit_cast<float>(0x7fffffffu) : value; }
+float canonical(float value) {
+    return std::isnan(value) ? std::bit_cast<float>(0x7fffffffu) : value;
+}
 double canonical(double value) { return value; }
 float flush(float value) {
     return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.f, value) : value;
 }
 
 template <class T>
-T add(T a, T b) { return canonical(a + b); }
+T add(T a, T b) {
+    return canonical(a + b);
+}
 template <class T>
-T subtract(T a, T b) { return canonical(a - b); }
+T subtract(T a, T b) {
+    return canonical(a - b);
+}
 template <class T>
-T multiply(T a, T b) { return canonical(a * b); }
+T multiply(T a, T b) {
+    return canonical(a * b);
+}
 template <class T>
-T divide(T a, T b) { return canonical(a / b); }
+T divide(T a, T b) {
+    return canonical(a / b);
+}
 template <class T>
-T multiply_add(T a, T b, T c) { return canonical(std::fma(a, b, c)); }
+T multiply_add(T a, T b, T c) {
+    return canonical(std::fma(a, b, c));
+}
 template <class T>
-T reciprocal(T a) { return canonical(T(1) / a); }
+T reciprocal(T a) {
+    return canonical(T(1) / a);
+}
 template <class T>
-T square_root(T a) { return canonical(std::sqrt(a)); }
+T square_root(T a) {
+    return canonical(std::sqrt(a));
+}
 template <class T>
-T reciprocal_root(T a) { return canonical(T(1) / std::sqrt(a)); }
+T reciprocal_root(T a) {
+    return canonical(T(1) / std::sqrt(a));
+}
 template <class T>
-T absolute(T a) { return std::fabs(a); }
+T absolute(T a) {
+    return std::fabs(a);
+}
 template <class T>
-T negate(T a) { return -a; }
+T negate(T a) {
+    return -a;
+}
 float power_of_two(float a) { return canonical(std::exp2(a)); }
 float logarithm(float a) { return canonical(std::log2(a)); }
 float hyperbolic_tangent(float a) { return canonical(std::tanh(a)); }
@@ -51,9 +73,12 @@ T extreme(T a, T b) {
 }
 
 template <class T>
-T saturate(T value) { return std::isnan(value) ? T(0) : std::fmin(std::fmax(value, T(0)), T(1)); }
+T saturate(T value) {
+    return std::isnan(value) ? T(0) : std::fmin(std::fmax(value, T(0)), T(1));
+}
 
-// One operation in another rounding mode. Not inlined, so that nothing moves across the mode's change.
+// One operation in another rounding mode. Not inlined, so that nothing moves across the mode's
+// change.
 template <auto kFunction, int kMode, class... Args>
 [[gnu::noinline]] auto in_mode(Args... args) {
     const int before = std::fegetround();
@@ -63,21 +88,37 @@ template <auto kFunction, int kMode, class... Args>
     return result;
 }
 template <class T, auto kFunction, int kMode>
-T rounded1(T a) { return in_mode<kFunction, kMode>(a); }
+T rounded1(T a) {
+    return in_mode<kFunction, kMode>(a);
+}
 template <class T, auto kFunction, int kMode>
-T rounded2(T a, T b) { return in_mode<kFunction, kMode>(a, b); }
+T rounded2(T a, T b) {
+    return in_mode<kFunction, kMode>(a, b);
+}
 template <class T, auto kFunction, int kMode>
-T rounded3(T a, T b, T c) { return in_mode<kFunction, kMode>(a, b, c); }
+T rounded3(T a, T b, T c) {
+    return in_mode<kFunction, kMode>(a, b, c);
+}
 template <auto kFunction>
-float flushed1(float a) { return flush(kFunction(flush(a))); }
+float flushed1(float a) {
+    return flush(kFunction(flush(a)));
+}
 template <auto kFunction>
-float flushed2(float a, float b) { return flush(kFunction(flush(a), flush(b))); }
+float flushed2(float a, float b) {
+    return flush(kFunction(flush(a), flush(b)));
+}
 template <auto kFunction>
-float flushed3(float a, float b, float c) { return flush(kFunction(flush(a), flush(b), flush(c))); }
+float flushed3(float a, float b, float c) {
+    return flush(kFunction(flush(a), flush(b), flush(c)));
+}
 template <auto kFunction>
-float saturated2(float a, float b) { return saturate(kFunction(a, b)); }
+float saturated2(float a, float b) {
+    return saturate(kFunction(a, b));
+}
 template <auto kFunction>
-float saturated3(float a, float b, float c) { return saturate(kFunction(a, b, c)); }
+float saturated3(float a, float b, float c) {
+    return saturate(kFunction(a, b, c));
+}
 
 template <class T, auto kFunction>
 void add_rounded1(Forms& forms, const std::string& name, const std::string& type) {
@@ -122,11 +163,12 @@ void add_wide_formats(Forms& forms, const std::string& type) {
 void add_single_only(Forms& forms) {
     forms["min.NaN.f32"] = {apply2<float, float, extreme<float, true, true>>, 2};
     forms["max.NaN.f32"] = {apply2<float, float, extreme<float, false, true>>, 2};
-    forms["add.ftz.f32"] = forms["add.rn.ftz.f32"] = {apply2<float, float, flushed2<add<float>>>, 2};
-    forms["sub.ftz.f32"] = forms["sub.rn.ftz.f32"] = {
-        apply2<float, float, flushed2<subtract<float>>>, 2};
-    forms["mul.ftz.f32"] = forms["mul.rn.ftz.f32"] = {
-        apply2<float, float, flushed2<multiply<float>>>, 2};
+    forms["add.ftz.f32"] =
+        forms["add.rn.ftz.f32"] = {apply2<float, float, flushed2<add<float>>>, 2};
+    forms["sub.ftz.f32"] =
+        forms["sub.rn.ftz.f32"] = {apply2<float, float, flushed2<subtract<float>>>, 2};
+    forms["mul.ftz.f32"] =
+        forms["mul.rn.ftz.f32"] = {apply2<float, float, flushed2<multiply<float>>>, 2};
     forms["fma.rn.ftz.f32"] = {apply3<float, float, float, flushed3<multiply_add<float>>>, 3};
     forms["add.sat.f32"] = {apply2<float, float, saturated2<add<float>>>, 2};
     forms["mul.sat.f32"] = {apply2<float, float, saturated2<multiply<float>>>, 2};
@@ -172,7 +214,9 @@ u16 negate16(u16 a) { return a ^ 0x8000; }
 
 // The same on both halves of a register.
 template <auto kFunction>
-u32 halves1(u32 a) { return u32(kFunction(u16(a >> 16))) << 16 | kFunction(u16(a)); }
+u32 halves1(u32 a) {
+    return u32(kFunction(u16(a >> 16))) << 16 | kFunction(u16(a));
+}
 template <auto kFunction>
 u32 halves2(u32 a, u32 b) {
     return u32(kFunction(u16(a >> 16), u16(b >> 16))) << 16 | kFunction(u16(a), u16(b));

@@ -33,7 +33,16 @@ enum VoteVariant : u8 { kBallot, kAll, kAny, kUniform };
 Outcome vote(Step&, const Instruction&);
 Outcome match_any(Step&, const Instruction&);
 Outcome match_all(Step&, const Instruction&);
-enum ReduceVariant : u8 { kAdd, kMinSigned, kMaxSigned, kMinUnsigned, kMaxUnsigned, kAnd, kOr, kXor };
+enum ReduceVariant : u8 {
+    kAdd,
+    kMinSigned,
+    kMaxSigned,
+    kMinUnsigned,
+    kMaxUnsigned,
+    kAnd,
+    kOr,
+    kXor
+};
 Outcome reduce(Step&, const Instruction&);
 Outcome elect(Step&, const Instruction&);
 Outcome active_mask(Step&, const Instruction&);
@@ -45,9 +54,24 @@ bool lanes_are_here(Step&, const Instruction&, u32 mask);
 Outcome load(Step&, const Instruction&);
 Outcome store(Step&, const Instruction&);
 Outcome load_parameter(Step&, const Instruction&);
-enum AtomicVariant : u8 { kExchange, kCompareSwap, kAtomicAdd, kAtomicAddFloat, kAtomicAddDouble,
-    kAtomicMinSigned, kAtomicMaxSigned, kAtomicMinUnsigned, kAtomicMaxUnsigned, kAtomicAnd, kAtomicOr,
-    kAtomicXor, kIncrement, kDecrement, kAtomicAddHalves, kAtomicAddBrains };
+enum AtomicVariant : u8 {
+    kExchange,
+    kCompareSwap,
+    kAtomicAdd,
+    kAtomicAddFloat,
+    kAtomicAddDouble,
+    kAtomicMinSigned,
+    kAtomicMaxSigned,
+    kAtomicMinUnsigned,
+    kAtomicMaxUnsigned,
+    kAtomicAnd,
+    kAtomicOr,
+    kAtomicXor,
+    kIncrement,
+    kDecrement,
+    kAtomicAddHalves,
+    kAtomicAddBrains
+};
 Outcome atomic(Step&, const Instruction&);  // sources: address, value, [second value]
 Outcome fence(Step&, const Instruction&);
 Outcome proxy_fence(Step&, const Instruction&);
@@ -56,8 +80,8 @@ Outcome proxy_fence(Step&, const Instruction&);
 Outcome barrier_init(Step&, const Instruction&);
 Outcome barrier_invalidate(Step&, const Instruction&);
 enum ArriveVariant : u8 { kArriveOnly = 1, kExpectOnly = 2, kArriveAndExpect = 3 };
-Outcome barrier_arrive(Step&, const Instruction&);  // sources: address, count or bytes
-Outcome barrier_try(Step&, const Instruction&);     // sources: address, parity
+Outcome barrier_arrive(Step&, const Instruction&);     // sources: address, count or bytes
+Outcome barrier_try(Step&, const Instruction&);        // sources: address, parity
 Outcome barrier_try_state(Step&, const Instruction&);  // sources: address, state
 
 // bulk.cpp

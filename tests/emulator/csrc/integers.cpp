@@ -13,27 +13,45 @@ using Unsigned = std::make_unsigned_t<T>;
 // Twice as wide, with the same sign.
 template <class T>
 using Wide = std::conditional_t<
-    sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, i32, u32>,
-    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, i64, u64>,
+    sizeof(T) == 2,
+    std::conditional_t<std::is_signed_v<T>, i32, u32>,
+    std::conditional_t<sizeof(T) == 4,
+                       std::conditional_t<std::is_signed_v<T>, i64, u64>,
                        std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>>;
 
 // Sums wrap: compute without a sign.
 template <class T>
-T add(T a, T b) { return T(u64(a) + u64(b)); }
+T add(T a, T b) {
+    return T(u64(a) + u64(b));
+}
 template <class T>
-T subtract(T a, T b) { return T(u64(a) - u64(b)); }
+T subtract(T a, T b) {
+    return T(u64(a) - u64(b));
+}
 template <class T>
-T multiply_low(T a, T b) { return T(u64(a) * u64(b)); }
+T multiply_low(T a, T b) {
+    return T(u64(a) * u64(b));
+}
 template <class T>
-T multiply_high(T a, T b) { return T((Wide<T>(a) * Wide<T>(b)) >> kWidth<T>); }
+T multiply_high(T a, T b) {
+    return T((Wide<T>(a) * Wide<T>(b)) >> kWidth<T>);
+}
 template <class T>
-Wide<T> multiply_wide(T a, T b) { return Wide<T>(a) * Wide<T>(b); }
+Wide<T> multiply_wide(T a, T b) {
+    return Wide<T>(a) * Wide<T>(b);
+}
 template <class T>
-T multiply_add_low(T a, T b, T c) { return T(u64(a) * u64(b) + u64(c)); }
+T multiply_add_low(T a, T b, T c) {
+    return T(u64(a) * u64(b) + u64(c));
+}
 template <class T>
-T multiply_add_high(T a, T b, T c) { return T(u64(multiply_high(a, b)) + u64(c)); }
+T multiply_add_high(T a, T b, T c) {
+    return T(u64(multiply_high(a, b)) + u64(c));
+}
 template <class T>
-Wide<T> multiply_add_wide(T a, T b, Wide<T> c) { return Wide<T>(u64(multiply_wide(a, b)) + u64(c)); }
+Wide<T> multiply_add_wide(T a, T b, Wide<T> c) {
+    return Wide<T>(u64(multiply_wide(a, b)) + u64(c));
+}
 // Division by zero is unspecified in PTX; all ones is what devices give.
 template <class T>
 T divide(T a, T b) {
@@ -48,38 +66,62 @@ T remainder(T a, T b) {
     return T(a % b);
 }
 template <class T>
-T minimum(T a, T b) { return std::min(a, b); }
+T minimum(T a, T b) {
+    return std::min(a, b);
+}
 template <class T>
-T maximum(T a, T b) { return std::max(a, b); }
+T maximum(T a, T b) {
+    return std::max(a, b);
+}
 template <class T>
-T absolute(T a) { return a < 0 ? T(0 - u64(a)) : a; }
+T absolute(T a) {
+    return a < 0 ? T(0 - u64(a)) : a;
+}
 template <class T>
-T negate(T a) { return T(0 - u64(a)); }
+T negate(T a) {
+    return T(0 - u64(a));
+}
 template <class T>
-T sum_of_differences(T a, T b, T c) { return T(u64(c) + (a < b ? u64(b) - u64(a) : u64(a) - u64(b))); }
+T sum_of_differences(T a, T b, T c) {
+    return T(u64(c) + (a < b ? u64(b) - u64(a) : u64(a) - u64(b)));
+}
 template <class T>
-T bit_and(T a, T b) { return a & b; }
+T bit_and(T a, T b) {
+    return a & b;
+}
 template <class T>
-T bit_or(T a, T b) { return a | b; }
+T bit_or(T a, T b) {
+    return a | b;
+}
 template <class T>
-T bit_xor(T a, T b) { return a ^ b; }
+T bit_xor(T a, T b) {
+    return a ^ b;
+}
 template <class T>
 T bit_not(T a) {
-    if constexpr (std::same_as<T, bool>) return !a;
-    else return T(~a);
+    if constexpr (std::same_as<T, bool>)
+        return !a;
+    else
+        return T(~a);
 }
 // Amounts beyond the width shift everything out.
 template <class T>
-T shift_left(T a, u32 n) { return n >= u32(kWidth<T>) ? T(0) : T(u64(a) << n); }
+T shift_left(T a, u32 n) {
+    return n >= u32(kWidth<T>) ? T(0) : T(u64(a) << n);
+}
 template <class T>
 T shift_right(T a, u32 n) {
     if (n >= u32(kWidth<T>)) return std::is_signed_v<T> && a < 0 ? T(-1) : T(0);
     return T(a >> n);
 }
 template <class T>
-u32 count_ones(T a) { return u32(std::popcount(a)); }
+u32 count_ones(T a) {
+    return u32(std::popcount(a));
+}
 template <class T>
-u32 leading_zeros(T a) { return u32(std::countl_zero(a)); }
+u32 leading_zeros(T a) {
+    return u32(std::countl_zero(a));
+}
 template <class T>
 T reverse_bits(T a) {
     T result = 0;
@@ -106,7 +148,8 @@ T extract_bits(T a, u32 position, u32 length) {
                       ((bits >> std::min(position + length - 1, width - 1)) & 1);
     Unsigned<T> result = 0;
     for (u32 bit = 0; bit < width; ++bit) {
-        const bool one = bit < length && position + bit < width ? (bits >> (position + bit)) & 1 : fill;
+        const bool one =
+            bit < length && position + bit < width ? (bits >> (position + bit)) & 1 : fill;
         result |= Unsigned<T>(one) << bit;
     }
     return T(result);

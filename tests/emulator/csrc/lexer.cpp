@@ -7,7 +7,9 @@
 namespace ptx {
 namespace {
 
-bool starts_word(char c) { return std::isalpha(static_cast<u8>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+bool starts_word(char c) {
+    return std::isalpha(static_cast<u8>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+}
 bool continues_word(char c) { return starts_word(c) || std::isdigit(static_cast<u8>(c)); }
 
 /// The index behind the comment that starts at `at`, or `at` when none does.
@@ -51,14 +53,19 @@ std::vector<Token> tokenise(const std::string& text) {
         }
         if (std::isdigit(static_cast<u8>(c))) {
             kind = Token::kNumber;
-            while (end < text.size() && (std::isalnum(static_cast<u8>(text[end])) || text[end] == '.')) ++end;
+            while (end < text.size() &&
+                   (std::isalnum(static_cast<u8>(text[end])) || text[end] == '.'))
+                ++end;
         } else if (starts_word(c)) {
             kind = Token::kWord;
             // "::" is part of words such as shared::cta; a single colon ends a label.
             while (end < text.size()) {
-                if (continues_word(text[end])) ++end;
-                else if (text.compare(end, 2, "::") == 0) end += 2;
-                else break;
+                if (continues_word(text[end]))
+                    ++end;
+                else if (text.compare(end, 2, "::") == 0)
+                    end += 2;
+                else
+                    break;
             }
         }
         tokens.push_back({kind, text.substr(at, end - at), line});

@@ -21,9 +21,14 @@ void expect(bool condition, const std::string& what) {
 }  // namespace
 
 Machine::Machine(int num_ranks, Options options)
-    : num_ranks_(num_ranks), options_(options), random_(options.seed),
+    : num_ranks_(num_ranks),
+      options_(options),
+      random_(options.seed),
       bulk_copies_(std::make_unique<BulkCopies>(*this)) {
-    expect(num_ranks >= 1, "Machine: expected num_ranks to be at least 1, got " + std::to_string(num_ranks));
+    expect(num_ranks >= 1,
+           "Machine: expected num_ranks to be at least 1, got " + std::to_string(num_ranks));
+    copy_interval_ = u64{2} << 3 * random_.below(4);
+    drain_interval_ = u64{4} << 2 * random_.below(4);
     if (options.race) races_ = std::make_unique<Races>(*this, num_ranks);
     if (options.weak) store_buffers_ = std::make_unique<StoreBuffers>(*this, num_ranks);
 }
@@ -32,14 +37,17 @@ Machine::~Machine() = default;
 
 u64 Machine::allocate(int rank, u64 num_bytes, bool symmetric, const std::string& name) {
     const std::lock_guard lock(mutex_);
-    expect(rank >= 0 && rank < num_ranks_, "allocate: expected rank to be in [0, " + std::to_string(num_ranks_) + "), got " + std::to_string(rank));
+    expect(rank >= 0 && rank < num_ranks_, "allocate: expected rank to be in [0, " +
+                                               std::to_string(num_ranks_) + "), got " +
+                                               std::to_string(rank));
     return memory_.allocate(rank, num_bytes, symmetric, name).address;
 }
 
 void Machine::free(u64 address) {
     const std::lock_guard lock(mutex_);
     if (store_buffers_)
-        if (const Region* region = memory_.find(address)) store_buffers_->flush(*region, 0, region->num_bytes);
+        if (const Region* region = memory_.find(address))
+            store_buffers_->flush(*region, 0, region->num_bytes);
     memory_.free(address);
 }
 
@@ -47,7 +55,8 @@ void Machine::write(int rank, u64 address, const u8* bytes, u64 count) {
     const std::lock_guard lock(mutex_);
     if (count == 0) return;
     Region* region = memory_.find(address);
-    expect(region && region->contains(address, count), "write: expected memory, got " + memory_.explain(address, count));
+    expect(region && region->contains(address, count),
+           "write: expected memory, got " + memory_.explain(address, count));
     const u64 offset = address - region->address;
     if (races_) races_->host_access(rank, *region, offset, u32(count), true);
     if (store_buffers_) store_buffers_->flush(*region, offset, count);
@@ -60,7 +69,8 @@ void Machine::read(int rank, u64 address, u8* bytes, u64 count) {
     const std::lock_guard lock(mutex_);
     if (count == 0) return;
     Region* region = memory_.find(address);
-    expect(region && region->contains(address, count), "read: expected memory, got " + memory_.explain(address, count));
+    expect(region && region->contains(address, count),
+           "read: expected memory, got " + memory_.explain(address, count));
     const u64 offset = address - region->address;
     if (races_) races_->host_access(rank, *region, offset, u32(count), false);
     std::memcpy(bytes, region->data.get() + offset, count);
@@ -70,7 +80,8 @@ void Machine::load(const std::string& text) {
     const std::shared_ptr<Module> module = parse(text);
     const std::lock_guard lock(mutex_);
     for (const auto& [name, kernel] : module->kernels) {
-        expect(!kernels_.contains(name), "load: expected kernel '" + name + "' to be new, it has been loaded already");
+        expect(!kernels_.contains(name),
+               "load: expected kernel '" + name + "' to be new, it has been loaded already");
         tracks_proxy_ |= kernel->uses_async_proxy;
     }
     for (const auto& [name, variable] : module->variables) {
@@ -90,23 +101,36 @@ void Machine::load(const std::string& text) {
     }
 }
 
-void Machine::launch(int rank, const std::string& kernel, std::array<u32, 3> grid, std::array<u32, 3> block,
-                     u32 shared_bytes, std::vector<u8> parameters, int stream) {
+void Machine::launch(int rank,
+                     const std::string& kernel,
+                     std::array<u32, 3> grid,
+                     std::array<u32, 3> block,
+                     u32 shared_bytes,
+                     std::vector<u8> parameters,
+                     int stream) {
     const std::lock_guard lock(mutex_);
     throw_if_broken();
     const auto found = kernels_.find(kernel);
-    expect(rank >= 0 && rank < num_ranks_, "launch: expected rank to be in [0, " + std::to_string(num_ranks_) + "), got " + std::to_string(rank));
-    expect(found != kernels_.end(), "launch: expected the name of a loaded kernel, got '" + kernel + "'");
-    const u64 threads = u64(block[0]) * block[1] * block[2], ctas = u64(grid[0]) * grid[1] * grid[2];
-    expect(threads >= 1 && threads <= 1024, "launch: expected 1 to 1024 threads per block, got " + std::to_string(threads));
-    expect(ctas >= 1 && ctas <= 65536, "launch: expected 1 to 65536 blocks, got " + std::to_string(ctas));
+    expect(rank >= 0 && rank < num_ranks_, "launch: expected rank to be in [0, " +
+                                               std::to_string(num_ranks_) + "), got " +
+                                               std::to_string(rank));
+    expect(found != kernels_.end(),
+           "launch: expected the name of a loaded kernel, got '" + kernel + "'");
+    const u64 threads = u64(block[0]) * block[1] * block[2],
+              ctas = u64(grid[0]) * grid[1] * grid[2];
+    expect(threads >= 1 && threads <= 1024,
+           "launch: expected 1 to 1024 threads per block, got " + std::to_string(threads));
+    expect(ctas >= 1 && ctas <= 65536,
+           "launch: expected 1 to 65536 blocks, got " + std::to_string(ctas));
     auto launch = std::make_unique<Launch>();
     std::tie(launch->module, launch->kernel) = found->second;
     expect(parameters.size() == launch->kernel->parameter_bytes,
-           "launch: expected " + std::to_string(launch->kernel->parameter_bytes) + " bytes of parameters for '" +
-               kernel + "', got " + std::to_string(parameters.size()));
+           "launch: expected " + std::to_string(launch->kernel->parameter_bytes) +
+               " bytes of parameters for '" + kernel + "', got " +
+               std::to_string(parameters.size()));
     const u64 shared = u64(launch->kernel->shared_bytes) + shared_bytes;
-    expect(shared <= 232448, "launch: expected at most 232448 bytes of shared memory, got " + std::to_string(shared));
+    expect(shared <= 232448,
+           "launch: expected at most 232448 bytes of shared memory, got " + std::to_string(shared));
     launch->rank = rank;
     launch->stream = stream;
     launch->number = num_launches_++;
@@ -141,7 +165,9 @@ const Intrinsic& Machine::intrinsic(const std::string& name) const {
 
 bool Machine::is_idle(int rank, int stream) const {
     for (const auto& [key, queue] : streams_)
-        if ((rank < 0 || key.first == rank) && (stream < 0 || key.second == stream) && !queue.empty()) return false;
+        if ((rank < 0 || key.first == rank) && (stream < 0 || key.second == stream) &&
+            !queue.empty())
+            return false;
     return true;
 }
 
@@ -171,7 +197,8 @@ void Machine::drive(int rank, Predicate done) {
             changed_.wait_for(lock, std::chrono::milliseconds(20));
             // Stuck is a hang once no host is left that could launch something.
             const bool alone = rank < 0 || num_waiting_ >= num_ranks_;
-            if (!is_driven_ && stuck_at == last_progress_ && (alone || clock::now() - last_moved > seconds(options_.host_seconds)))
+            if (!is_driven_ && stuck_at == last_progress_ &&
+                (alone || clock::now() - last_moved > seconds(options_.host_seconds)))
                 broken_ = "hang: nothing can move any more; " + describe_waiting();
             continue;
         }
@@ -183,8 +210,10 @@ void Machine::drive(int rank, Predicate done) {
             broken_ = error.what();
         }
         is_driven_ = false;
-        if (progress == Progress::kStuck) stuck_at = last_progress_;
-        else last_moved = clock::now();
+        if (progress == Progress::kStuck)
+            stuck_at = last_progress_;
+        else
+            last_moved = clock::now();
         changed_.notify_all();
         lock.unlock();  // let hosts in that want to launch or read
         lock.lock();
@@ -227,7 +256,8 @@ bool Machine::advance(int rank, u64 max_instructions) {
 }
 
 void Machine::report(const std::string& kind, const std::string& key, const std::string& text) {
-    if (reports_.size() < 200 && reported_.insert(kind + key).second) reports_.push_back({kind, text});
+    if (reports_.size() < 200 && reported_.insert(kind + key).second)
+        reports_.push_back({kind, text});
 }
 
 std::string Machine::describe(i32 number) const {
@@ -241,12 +271,16 @@ std::string Machine::describe(i32 number) const {
 std::string Machine::where(const Warp& warp, int lane, const Instruction& instruction) const {
     const Cta& cta = *warp.cta;
     std::ostringstream text;
-    text << "rank " << cta.launch->rank << " block " << cta.index[0] << "," << cta.index[1] << "," << cta.index[2]
-         << " warp " << warp.index << " lane " << lane << " (" << describe(instruction.site) << ")";
+    text << "rank " << cta.launch->rank << " block " << cta.index[0] << "," << cta.index[1] << ","
+         << cta.index[2] << " warp " << warp.index << " lane " << lane << " ("
+         << describe(instruction.site) << ")";
     return text.str();
 }
 
-void Machine::fault(const Warp& warp, int lane, const Instruction& instruction, const std::string& what) {
+void Machine::fault(const Warp& warp,
+                    int lane,
+                    const Instruction& instruction,
+                    const std::string& what) {
     const std::string& opcode = warp.cta->launch->module->opcodes.at(size_t(instruction.opcode));
     throw Fault(opcode + ": " + what + "; " + where(warp, lane, instruction));
 }

@@ -38,9 +38,9 @@ struct Cta;
 
 struct Warp {
     Cta* cta = nullptr;
-    u32 index = 0;         // in its CTA
-    u32 slot = 0;          // its name in clocks
-    u32 initial = 0;       // the lanes it began with
+    u32 index = 0;    // in its CTA
+    u32 slot = 0;     // its name in clocks
+    u32 initial = 0;  // the lanes it began with
     u32 live = 0;
     bool is_runnable = false;
     std::vector<u64> registers;
@@ -48,7 +48,7 @@ struct Warp {
     std::vector<Group> groups;
     std::vector<u8> local;  // per lane one block
     std::unique_ptr<WarpKnowledge> knowledge;
-    u64 bulk_group = 0;                      // groups committed so far
+    u64 bulk_group = 0;  // groups committed so far
     u32 bulk_issued = 0;
     i32 bulk_read_slot = -1, bulk_write_slot = -1;
     std::vector<std::pair<u64, Knowledge>> bulk_reads_done, bulk_writes_done;  // group, knowledge
@@ -116,7 +116,8 @@ struct Options {
     u64 patience = 2'000'000;  // warp instructions without progress that count as a hang
     u64 nanoseconds_per_instruction = 10;
     double grace_seconds = 0.02;  // how long a run waits for ranks that are not there yet
-    double host_seconds = 120;    // how long ranks in synchronize wait for a host that launches nothing
+    double host_seconds =
+        120;  // how long ranks in synchronize wait for a host that launches nothing
 };
 
 /// A place in a kernel, for reports about the past.
@@ -161,12 +162,18 @@ class Machine {
     void write(int rank, u64 address, const u8* bytes, u64 count);
     void read(int rank, u64 address, u8* bytes, u64 count);
     void load(const std::string& text);
-    void launch(int rank, const std::string& kernel, std::array<u32, 3> grid, std::array<u32, 3> block,
-                u32 shared_bytes, std::vector<u8> parameters, int stream);
+    void launch(int rank,
+                const std::string& kernel,
+                std::array<u32, 3> grid,
+                std::array<u32, 3> block,
+                u32 shared_bytes,
+                std::vector<u8> parameters,
+                int stream);
     void run();
     /// Return when the rank's launches (of one stream, unless negative) have ended.
     void synchronize(int rank, int stream);
-    /// Run for a while, for hosts that wait for a word in memory. False: the rank has nothing to run.
+    /// Run for a while, for hosts that wait for a word in memory. False: the rank has nothing to
+    /// run.
     bool advance(int rank, u64 max_instructions);
     /// All hosts have met: what one knew, all know now.
     void meet();
@@ -180,25 +187,35 @@ class Machine {
     StoreBuffers* store_buffers() { return store_buffers_.get(); }
     BulkCopies& bulk_copies() { return *bulk_copies_; }
     Random& random() { return random_; }
-    u64 nanoseconds() const { return steps_ * options_.nanoseconds_per_instruction + skipped_nanoseconds_; }
+    u64 nanoseconds() const {
+        return steps_ * options_.nanoseconds_per_instruction + skipped_nanoseconds_;
+    }
     void skip_nanoseconds(u64 count) { skipped_nanoseconds_ += count; }
     void time_was_read() { last_time_read_ = steps_; }
     u64 cycles() const { return steps_; }
     void made_progress() { last_progress_ = steps_, num_time_jumps_ = 0; }
     void wake(Warp& warp);
     void report(const std::string& kind, const std::string& key, const std::string& text);
-    [[noreturn]] void fault(const Warp& warp, int lane, const Instruction& instruction, const std::string& what);
+    [[noreturn]] void fault(const Warp& warp,
+                            int lane,
+                            const Instruction& instruction,
+                            const std::string& what);
     void check_barrier(Cta& cta, u32 number);
     std::string where(const Warp& warp, int lane, const Instruction& instruction) const;
     std::string describe(i32 site) const;
     const Intrinsic& intrinsic(const std::string& name) const;
     bool tracks_proxy() const { return tracks_proxy_; }
-    u64 global_variable(int rank, const std::string& name) const { return variables_.at({rank, name}); }
+    u64 global_variable(int rank, const std::string& name) const {
+        return variables_.at({rank, name});
+    }
 
     // What has been seen.
     const std::vector<Report>& reports() const { return reports_; }
     const std::map<std::string, Counts>& counts() const { return counts_; }
-    const std::map<std::string, std::pair<std::shared_ptr<Module>, std::shared_ptr<Kernel>>>& kernels() const { return kernels_; }
+    const std::map<std::string, std::pair<std::shared_ptr<Module>, std::shared_ptr<Kernel>>>&
+    kernels() const {
+        return kernels_;
+    }
     u64 steps() const { return steps_; }
 
  private:
@@ -215,14 +232,19 @@ class Machine {
     int choose_group(Warp& warp);
     void merge_groups(Warp& warp);
     int look_at_bulk(Warp& warp, int index);
-    void check_defined(Warp& warp, const Instruction& instruction, u32 active, const Kernel& kernel);
+    void check_defined(Warp& warp,
+                       const Instruction& instruction,
+                       u32 active,
+                       const Kernel& kernel);
     void mark_defined(Warp& warp, const Instruction& instruction, u32 active, const Kernel& kernel);
     bool let_time_pass();
     bool is_idle(int rank, int stream) const;
     std::string describe_waiting() const;
     /// A host inside synchronize or run, for as long as this lives. The mutex is held at both ends.
     struct Waiting {
-        explicit Waiting(Machine& machine_) : machine(machine_) { ++machine.num_waiting_, machine.changed_.notify_all(); }
+        explicit Waiting(Machine& machine_) : machine(machine_) {
+            ++machine.num_waiting_, machine.changed_.notify_all();
+        }
         ~Waiting() { --machine.num_waiting_, machine.changed_.notify_all(); }
         Machine& machine;
     };
@@ -250,7 +272,11 @@ class Machine {
     u64 steps_ = 0, last_progress_ = 0, skipped_nanoseconds_ = 0;
     u64 last_time_read_ = 0;
     u32 num_time_jumps_ = 0;
-    std::map<std::pair<int, int>, Knowledge> stream_knowledge_;  // what a stream's next kernel comes after
+    std::map<std::pair<int, int>, Knowledge>
+        stream_knowledge_;  // what a stream's next kernel comes after
+    // How many bursts pass per step of a copy or drained store: prompt in some runs, late in
+    // others.
+    u64 copy_interval_, drain_interval_;
     u64 num_launches_ = 0;
     u32 num_ctas_ = 0;
     bool tracks_proxy_ = false;

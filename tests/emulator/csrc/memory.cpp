@@ -6,7 +6,11 @@
 namespace ptx {
 
 Region::Region(u64 address_, u64 num_bytes_, int rank_)
-    : address(address_), num_bytes(num_bytes_), rank(rank_), data(new u8[num_bytes_]), written(new u8[num_bytes_]()) {
+    : address(address_),
+      num_bytes(num_bytes_),
+      rank(rank_),
+      data(new u8[num_bytes_]),
+      written(new u8[num_bytes_]()) {
     std::memset(data.get(), 0xcd, num_bytes_);  // so that unwritten memory is no plausible number
 }
 
@@ -25,7 +29,8 @@ Region& Memory::allocate(int rank, u64 num_bytes, bool symmetric, std::string na
 void Memory::free(u64 address) {
     Region* region = find(address);
     if (!region || region->address != address)
-        throw std::invalid_argument("free: expected the address of an allocation, got " + explain(address, 1));
+        throw std::invalid_argument("free: expected the address of an allocation, got " +
+                                    explain(address, 1));
     const u64 first = (address - kBase) >> kPageBits;
     for (u64 page = first; page < pages_.size() && pages_[page] >= 0; ++page) pages_[page] = -1;
     region->freed = true;
@@ -43,8 +48,8 @@ std::string Memory::explain(u64 address, u64 count) const {
         if (region->address <= address) nearest = region.get();
     if (!nearest) return text.str() + " (no allocation is near)";
     const u64 offset = address - nearest->address;
-    text << " (offset " << offset << (nearest->freed ? " of the freed '" : " of '") << nearest->name << "', "
-         << nearest->num_bytes << " bytes of rank " << nearest->rank << ")";
+    text << " (offset " << offset << (nearest->freed ? " of the freed '" : " of '") << nearest->name
+         << "', " << nearest->num_bytes << " bytes of rank " << nearest->rank << ")";
     return text.str();
 }
 

@@ -54,7 +54,9 @@ struct Region {
         if (!page) page = std::make_unique<Cell[]>(kCellsPerPage);
         return page[index % kCellsPerPage];
     }
-    bool contains(u64 at, u64 count) const { return at >= address && at - address <= num_bytes && count <= num_bytes - (at - address); }
+    bool contains(u64 at, u64 count) const {
+        return at >= address && at - address <= num_bytes && count <= num_bytes - (at - address);
+    }
 };
 
 /// The global address space of all ranks. Addresses are never used twice, and between two

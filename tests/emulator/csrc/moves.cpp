@@ -56,9 +56,10 @@ Outcome read_cycles(Step& step, const Instruction& instruction) {
 Outcome read_time(Step& step, const Instruction& instruction) {
     const u64 now = step.machine.nanoseconds();
     step.machine.time_was_read();
-    return fill(step, instruction, instruction.variant == 0   ? now
-                                   : instruction.variant == 1 ? keep_bits(now, 32)
-                                                              : now >> 32);
+    return fill(step, instruction,
+                instruction.variant == 0   ? now
+                : instruction.variant == 1 ? keep_bits(now, 32)
+                                           : now >> 32);
 }
 
 Outcome add_window(Step& step, const Instruction& instruction) {

@@ -10,25 +10,33 @@ namespace ptx {
 
 template <class T>
 inline T from_bits(u64 bits) {
-    if constexpr (std::same_as<T, float>) return std::bit_cast<float>(static_cast<u32>(bits));
-    else if constexpr (std::same_as<T, double>) return std::bit_cast<double>(bits);
-    else return static_cast<T>(bits);
+    if constexpr (std::same_as<T, float>)
+        return std::bit_cast<float>(static_cast<u32>(bits));
+    else if constexpr (std::same_as<T, double>)
+        return std::bit_cast<double>(bits);
+    else
+        return static_cast<T>(bits);
 }
 
 /// Registers hold a value zero-extended from its own width.
 template <class T>
 inline u64 to_bits(T value) {
-    if constexpr (std::same_as<T, float>) return std::bit_cast<u32>(value);
-    else if constexpr (std::same_as<T, double>) return std::bit_cast<u64>(value);
-    else if constexpr (std::same_as<T, bool>) return value;
-    else return static_cast<std::make_unsigned_t<T>>(value);
+    if constexpr (std::same_as<T, float>)
+        return std::bit_cast<u32>(value);
+    else if constexpr (std::same_as<T, double>)
+        return std::bit_cast<u64>(value);
+    else if constexpr (std::same_as<T, bool>)
+        return value;
+    else
+        return static_cast<std::make_unsigned_t<T>>(value);
 }
 
 constexpr u64 keep_bits(u64 value, int bits) {
     return bits >= 64 ? value : value & ((u64{1} << bits) - 1);
 }
 constexpr u64 sign_extend(u64 value, int bits) {
-    return bits >= 64 ? value : static_cast<u64>(static_cast<i64>(value << (64 - bits)) >> (64 - bits));
+    return bits >= 64 ? value
+                      : static_cast<u64>(static_cast<i64>(value << (64 - bits)) >> (64 - bits));
 }
 
 enum class Rounding : u8 { kNearest, kZero, kDown, kUp };
@@ -60,7 +68,8 @@ struct SmallFloat {
         if (std::isnan(value)) return kNan;
         const u32 sign = std::signbit(value) ? kSign : 0;
         const double magnitude = std::fabs(value);
-        if (std::isinf(magnitude)) return sign | (saturate ? kLargest : kHasInfinity ? kLargest + 1 : kNan);
+        if (std::isinf(magnitude))
+            return sign | (saturate ? kLargest : kHasInfinity ? kLargest + 1 : kNan);
         int exponent = 0;
         std::frexp(magnitude, &exponent);
         exponent = std::max(exponent - 1, 1 - kBias);
@@ -70,12 +79,13 @@ struct SmallFloat {
         const double rest = scaled - units;
         const bool odd = std::fmod(units, 2) == 1;
         if (rounding == Rounding::kNearest ? rest > 0.5 || (rest == 0.5 && odd)
-            : rounding == Rounding::kUp   ? rest > 0 && !sign
-            : rounding == Rounding::kDown ? rest > 0 && sign
-                                          : false)
+            : rounding == Rounding::kUp    ? rest > 0 && !sign
+            : rounding == Rounding::kDown  ? rest > 0 && sign
+                                           : false)
             units += 1;
         const i64 bits = (i64(exponent + kBias - 1) << kFraction) + i64(units);
-        if (bits > i64(kLargest)) return sign | (saturate ? kLargest : kHasInfinity ? kLargest + 1 : kNan);
+        if (bits > i64(kLargest))
+            return sign | (saturate ? kLargest : kHasInfinity ? kLargest + 1 : kNan);
         return sign | u32(bits);
     }
 };

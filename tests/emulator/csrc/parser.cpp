@@ -8,13 +8,14 @@ namespace ptx {
 namespace {
 
 const std::map<std::string, int> kTypeBytes{
-    {".pred", 1}, {".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2}, {".u16", 2},
-    {".s16", 2},  {".f16", 2}, {".b32", 4}, {".u32", 4}, {".s32", 4}, {".f32", 4},
+    {".pred", 1}, {".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2},  {".u16", 2},
+    {".s16", 2},  {".f16", 2}, {".b32", 4}, {".u32", 4}, {".s32", 4},  {".f32", 4},
     {".b64", 8},  {".u64", 8}, {".s64", 8}, {".f64", 8}, {".f16x2", 4}};
 
 class Parser {
  public:
-    explicit Parser(const std::string& text) : tokens_(tokenise(text)), module_(std::make_shared<Module>()) {}
+    explicit Parser(const std::string& text)
+        : tokens_(tokenise(text)), module_(std::make_shared<Module>()) {}
 
     std::shared_ptr<Module> run() {
         while (peek().kind != Token::kEnd) parse_top_level();
@@ -29,7 +30,9 @@ class Parser {
         int element_bytes = 1;
     };
 
-    const Token& peek(int ahead = 0) const { return tokens_[std::min(at_ + size_t(ahead), tokens_.size() - 1)]; }
+    const Token& peek(int ahead = 0) const {
+        return tokens_[std::min(at_ + size_t(i64(ahead)), tokens_.size() - 1)];
+    }
     const Token& next() { return tokens_[std::min(at_++, tokens_.size() - 1)]; }
     bool take(const char* what) {
         if (!peek().is(what)) return false;
@@ -49,8 +52,9 @@ class Parser {
         text += next().text;
         return parse_number(text, peek(-1).line);
     }
+    /// Skip the rest of the line that the last token lies on.
     void skip_line() {
-        const int line = peek().line;
+        const int line = peek(-1).line;
         while (peek().kind != Token::kEnd && peek().line == line) ++at_;
     }
     void skip_braces() {
@@ -87,6 +91,7 @@ class Parser {
 void Parser::parse_top_level() {
     const Token& token = peek();
     if (token.is(".version") || token.is(".address_size")) {
+        ++at_;
         skip_line();
     } else if (token.is(".target")) {
         ++at_;
@@ -121,15 +126,18 @@ void Parser::parse_extern() {
     expect(".extern");
     if (take(".shared")) {
         shared_variables_.push_back(parse_declaration());
-        if (!shared_variables_.back().is_open) fail("unsupported extern shared variable with a size");
+        if (!shared_variables_.back().is_open)
+            fail("unsupported extern shared variable with a size");
         expect(";");
         return;
     }
     if (!take(".func")) fail("unsupported extern '" + peek().text + "'");
-    if (take("(")) while (!take(")")) ++at_;
+    if (take("("))
+        while (!take(")")) ++at_;
     module_->externs.push_back(word());
     while (!take(";")) {
-        if (peek().is("{") || peek().kind == Token::kEnd) fail("expected ';' after an extern function");
+        if (peek().is("{") || peek().kind == Token::kEnd)
+            fail("expected ';' after an extern function");
         ++at_;
     }
 }
@@ -166,14 +174,16 @@ Parser::Declaration Parser::parse_declaration() {
 
 void Parser::parse_variable(bool) {
     const Declaration declaration = parse_declaration();
-    GlobalVariable variable{declaration.num_bytes, declaration.alignment, std::vector<u8>(declaration.num_bytes)};
+    GlobalVariable variable{declaration.num_bytes, declaration.alignment,
+                            std::vector<u8>(declaration.num_bytes)};
     if (take("=")) {
         size_t position = 0;
         const bool braces = take("{");
         while (!peek().is(";") && !peek().is("}")) {
             const u64 value = number();
             for (int byte = 0; byte < declaration.element_bytes; ++byte, ++position) {
-                if (position >= variable.initial.size()) fail("more values than '" + declaration.name + "' holds");
+                if (position >= variable.initial.size())
+                    fail("more values than '" + declaration.name + "' holds");
                 variable.initial[position] = u8(value >> (8 * byte));
             }
             take(",");
@@ -190,8 +200,10 @@ void Parser::parse_parameters(Kernel& kernel) {
         expect(".param");
         const Declaration parameter = parse_declaration();
         const u64 alignment = parameter.alignment;
-        kernel.parameter_bytes = u32((kernel.parameter_bytes + alignment - 1) / alignment * alignment);
-        kernel.parameters.push_back({parameter.name, kernel.parameter_bytes, u32(parameter.num_bytes)});
+        kernel.parameter_bytes =
+            u32((kernel.parameter_bytes + alignment - 1) / alignment * alignment);
+        kernel.parameters.push_back(
+            {parameter.name, kernel.parameter_bytes, u32(parameter.num_bytes)});
         kernel.parameter_bytes += u32(parameter.num_bytes);
         take(",");
     }
@@ -206,13 +218,16 @@ void Parser::parse_entry() {
         if (!peek().is(".maxntid") && !peek().is(".minnctapersm") && !peek().is(".maxnreg") &&
             !peek().is(".reqntid"))
             fail("unsupported directive '" + peek().text + "'");
+        ++at_;
         skip_line();
     }
     KernelBuilder builder(*module_, kernel);
     builder.open_scope();
     for (const Declaration& variable : shared_variables_) {
-        if (variable.is_open) builder.declare_dynamic_shared(variable.name);
-        else builder.offer_shared(variable.name, variable.num_bytes, variable.alignment);
+        if (variable.is_open)
+            builder.declare_dynamic_shared(variable.name);
+        else
+            builder.offer_shared(variable.name, variable.num_bytes, variable.alignment);
     }
     parse_body(builder);
     builder.finish(peek().line);
@@ -283,7 +298,8 @@ void Parser::parse_registers(KernelBuilder& builder) {
         if (take("<")) {
             const u64 count = number();
             expect(">");
-            for (u64 i = 0; i < count; ++i) builder.declare_register(name + std::to_string(i), bits);
+            for (u64 i = 0; i < count; ++i)
+                builder.declare_register(name + std::to_string(i), bits);
         } else {
             builder.declare_register(name, bits);
         }
@@ -305,7 +321,8 @@ void Parser::parse_location() {
             ++at_;
         }
     }
-    const auto [place, is_new] = location_numbers_.try_emplace(location, int(module_->locations.size()));
+    const auto [place, is_new] =
+        location_numbers_.try_emplace(location, int(module_->locations.size()));
     if (is_new) module_->locations.push_back(location);
     // Line 0 marks code of no line; the line before says more.
     if (location.line != 0) location_ = place->second;

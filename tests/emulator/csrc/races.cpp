@@ -8,8 +8,8 @@ namespace {
 constexpr size_t kMostRemembered = 128;  // accesses per cell beyond the last read and write
 
 bool is_same_step(const Access& a, const Access& b) {
-    return a.lanes && a.slot == b.slot && a.time == b.time && a.site == b.site && a.is_write == b.is_write &&
-           a.bytes == b.bytes;
+    return a.lanes && a.slot == b.slot && a.time == b.time && a.site == b.site &&
+           a.is_write == b.is_write && a.bytes == b.bytes;
 }
 
 }  // namespace
@@ -23,7 +23,8 @@ Races::Races(Machine& machine, int num_ranks) : machine_(machine), hosts_(size_t
 
 u32 Races::slot_of(int rank, int stream, u64 number) {
     // A stream's next kernel begins after the last one, so its warps may continue the same slots.
-    const auto [place, is_new] = slot_numbers_.try_emplace({rank, stream, number}, u32(slots_.size()));
+    const auto [place, is_new] =
+        slot_numbers_.try_emplace({rank, stream, number}, u32(slots_.size()));
     if (is_new) slots_.push_back({1, 0, rank});
     return place->second;
 }
@@ -55,32 +56,51 @@ void Races::finish_warp(Warp& warp) {
 }
 
 Agent Races::agent_of(const Warp& warp, int lane) const {
-    return {warp.slot,    u32(lane), slots_[warp.slot].time,       &warp.knowledge->known[size_t(lane)],
-            warp.cta->id, warp.cta->launch->rank, false};
+    return {warp.slot,
+            u32(lane),
+            slots_[warp.slot].time,
+            &warp.knowledge->known[size_t(lane)],
+            warp.cta->id,
+            warp.cta->launch->rank,
+            false};
 }
 
-void Races::complain(const char* kind, const Access& old, const Access& now, const Agent& agent, const Region& region, u64 cell) {
+void Races::complain(const char* kind,
+                     const Access& old,
+                     const Access& now,
+                     const Agent& agent,
+                     const Region& region,
+                     u64 cell) {
     const Slot& other = slots_[old.slot];
-    const std::string pair = std::to_string(std::min(old.site, now.site)) + "/" + std::to_string(std::max(old.site, now.site));
+    const std::string pair = std::to_string(std::min(old.site, now.site)) + "/" +
+                             std::to_string(std::max(old.site, now.site));
     std::ostringstream text;
-    text << (now.is_write ? "write" : "read") << (now.is_async ? " of the async proxy" : "") << " by rank " << agent.rank
-         << " (" << machine_.describe(now.site) << ") and " << (old.is_write ? "write" : "read")
-         << (old.is_async ? " of the async proxy" : "") << " by rank " << other.rank << " (" << machine_.describe(old.site)
-         << ") at byte " << cell * 4 << " of '" << region.name << "' ";
-    if (std::string(kind) == "proxy") text << "have no fence.proxy.async between them";
-    else text << "are not ordered";
-    if (old.slot == now.slot) text << "; lanes " << __builtin_ctz(old.lanes) << " and " << agent.lane << " of one warp";
+    text << (now.is_write ? "write" : "read") << (now.is_async ? " of the async proxy" : "")
+         << " by rank " << agent.rank << " (" << machine_.describe(now.site) << ") and "
+         << (old.is_write ? "write" : "read") << (old.is_async ? " of the async proxy" : "")
+         << " by rank " << other.rank << " (" << machine_.describe(old.site) << ") at byte "
+         << cell * 4 << " of '" << region.name << "' ";
+    if (std::string(kind) == "proxy")
+        text << "have no fence.proxy.async between them";
+    else
+        text << "are not ordered";
+    if (old.slot == now.slot)
+        text << "; lanes " << __builtin_ctz(old.lanes) << " and " << agent.lane << " of one warp";
     machine_.report(kind, std::string(kind) + pair, text.str());
 }
 
-bool Races::conflicts(const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell) {
+bool Races::conflicts(
+    const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell) {
     if (!old.lanes || !(old.bytes & now.bytes) || !(old.is_write || now.is_write)) return false;
     const u32 others = old.slot == now.slot ? old.lanes & ~now.lanes : old.lanes;
     if (!others) return false;
     if (agent.knowledge->seen->covers(old.slot, others, old.time)) {
-        // Between the proxies, an order needs a proxy fence as well, unless the older one only read.
+        // Between the proxies, an order needs a proxy fence as well, unless the older one only
+        // read.
         if (!now.is_async || old.is_async || !old.is_write) return false;
-        if (agent.knowledge->proxied && agent.knowledge->proxied->covers(old.slot, others, old.time)) return false;
+        if (agent.knowledge->proxied &&
+            agent.knowledge->proxied->covers(old.slot, others, old.time))
+            return false;
         complain("proxy", old, now, agent, region, cell);
         return true;
     }
@@ -117,8 +137,9 @@ void Races::record_read(Cell& cell, const Access& now, const Agent& agent) {
         return;
     }
     const u32 others = last.slot == now.slot ? last.lanes & ~now.lanes : last.lanes;
-    const bool replaces = !last.lanes || ((last.bytes & ~now.bytes) == 0 &&
-                                          (!others || agent.knowledge->seen->covers(last.slot, others, last.time)));
+    const bool replaces =
+        !last.lanes || ((last.bytes & ~now.bytes) == 0 &&
+                        (!others || agent.knowledge->seen->covers(last.slot, others, last.time)));
     if (!replaces) remember(cell, last);
     last = now;
 }
@@ -134,22 +155,40 @@ void Races::record_write(Cell& cell, const Access& now) {
     // Earlier accesses have been compared with this one; whoever comes later is compared with it.
     if ((cell.read.bytes & ~now.bytes) == 0) cell.read = {};
     if (cell.more >= 0)
-        std::erase_if(more_[size_t(cell.more)], [&](const Access& old) { return (old.bytes & ~now.bytes) == 0; });
+        std::erase_if(more_[size_t(cell.more)],
+                      [&](const Access& old) { return (old.bytes & ~now.bytes) == 0; });
 }
 
-void Races::access(const Agent& agent, Region& region, u64 offset, u32 count, bool is_write, Order order, Scope scope, i32 site) {
-    Access now{agent.slot, 1u << agent.lane, agent.time, site,
-               u8(order == Order::kWeak ? 0 : 1 + int(scope)), 0, is_write, agent.is_async};
+void Races::access(const Agent& agent,
+                   Region& region,
+                   u64 offset,
+                   u32 count,
+                   bool is_write,
+                   Order order,
+                   Scope scope,
+                   i32 site) {
+    Access now{agent.slot,
+               1u << agent.lane,
+               agent.time,
+               site,
+               u8(order == Order::kWeak ? 0 : 1 + int(scope)),
+               0,
+               is_write,
+               agent.is_async};
     for (u64 index = offset / 4; index * 4 < offset + count; ++index) {
-        const u64 begin = std::max(offset, index * 4), end = std::min(offset + count, index * 4 + 4);
+        const u64 begin = std::max(offset, index * 4),
+                  end = std::min(offset + count, index * 4 + 4);
         now.bytes = u8(((1u << (end - begin)) - 1) << (begin - index * 4));
         Cell& cell = region.cell(index);
         conflicts(cell.write, now, agent, region, index);
         if (is_write) conflicts(cell.read, now, agent, region, index);
         if (cell.more >= 0)
-            for (const Access& old : more_[size_t(cell.more)]) conflicts(old, now, agent, region, index);
-        if (is_write) record_write(cell, now);
-        else record_read(cell, now, agent);
+            for (const Access& old : more_[size_t(cell.more)])
+                conflicts(old, now, agent, region, index);
+        if (is_write)
+            record_write(cell, now);
+        else
+            record_read(cell, now, agent);
     }
 }
 
@@ -166,8 +205,10 @@ Knowledge Races::publish(const Warp& warp, u32 lanes) const {
     for_lanes(lanes, [&](int lane) { all.join(warp.knowledge->known[size_t(lane)]); });
     auto clock = std::make_shared<Clock>(*all.seen);
     const u32 time = slots_[warp.slot].time;
-    if (lanes == warp.initial) clock->raise_warp(warp.slot, time);
-    else for_lanes(lanes, [&](int lane) { clock->raise_lane(warp.slot, u32(lane), time); });
+    if (lanes == warp.initial)
+        clock->raise_warp(warp.slot, time);
+    else
+        for_lanes(lanes, [&](int lane) { clock->raise_lane(warp.slot, u32(lane), time); });
     all.seen = clock;
     return all;
 }
@@ -198,13 +239,16 @@ void Races::read_from(Warp& warp, int lane, Region& region, u64 offset, Order or
         if (order == Order::kAcquire || order == Order::kAcquireRelease) {
             acquire(warp, lane, message.knowledge);
         } else {
-            const Scope needed = message.rank != rank ? Scope::kSys : message.cta != cta ? Scope::kGpu : Scope::kCta;
+            const Scope needed = message.rank != rank ? Scope::kSys
+                                 : message.cta != cta ? Scope::kGpu
+                                                      : Scope::kCta;
             warp.knowledge->pending[size_t(lane)][size_t(needed)].join(message.knowledge);
         }
     }
 }
 
-void Races::written_to(Warp& warp, int lane, Region& region, u64 offset, Order order, Scope scope, bool is_atomic) {
+void Races::written_to(
+    Warp& warp, int lane, Region& region, u64 offset, Order order, Scope scope, bool is_atomic) {
     // A plain store ends what could be acquired here; a read-modify-write hands it on.
     if (order == Order::kWeak) {
         region.messages.erase(offset);
@@ -220,7 +264,8 @@ void Races::written_to(Warp& warp, int lane, Region& region, u64 offset, Order o
             }
         messages.push_back({knowledge, reach, warp.cta->id, warp.cta->launch->rank});
     };
-    if (order == Order::kRelease || order == Order::kAcquireRelease) add(publish(warp, lane), scope);
+    if (order == Order::kRelease || order == Order::kAcquireRelease)
+        add(publish(warp, lane), scope);
     for (int reach = 0; reach < 3; ++reach)
         if (const Knowledge& ready = warp.knowledge->released[size_t(lane)][size_t(reach)])
             add(ready, std::min(Scope(reach), scope));
@@ -257,13 +302,15 @@ void Races::issue(Warp& warp, int lane, AsyncAgents& agents) {
             warp.bulk_read_slot = i32(slot_of(launch.rank, launch.stream, std::get<2>(key) + 1));
             warp.bulk_write_slot = i32(slot_of(launch.rank, launch.stream, std::get<2>(key) + 2));
         }
-        slots_[size_t(warp.bulk_read_slot)].cta = slots_[size_t(warp.bulk_write_slot)].cta = warp.cta->id;
+        slots_[size_t(warp.bulk_read_slot)].cta = slots_[size_t(warp.bulk_write_slot)].cta =
+            warp.cta->id;
     }
     // Copies share 32 names per warp, so a name comes back after 32 copies.
     const u32 name = warp.bulk_issued++ % kLanes;
     agents.issued = publish(warp, lane);
     const auto make = [&](i32 slot) {
-        return Agent{u32(slot), name, ++slots_[size_t(slot)].time, nullptr, warp.cta->id, launch.rank, true};
+        return Agent{u32(slot),   name, ++slots_[size_t(slot)].time, nullptr, warp.cta->id,
+                     launch.rank, true};
     };
     agents.reader = make(warp.bulk_read_slot);
     agents.writer = make(warp.bulk_write_slot);
@@ -289,7 +336,8 @@ void Races::host_access(int rank, Region& region, u64 offset, u32 count, bool is
     auto clock = std::make_shared<Clock>(*known.seen);
     clock->raise_warp(u32(rank), slots_[size_t(rank)].time);
     const Agent agent{u32(rank), 0, slots_[size_t(rank)].time, &known, ~0u, rank, false};
-    access(agent, region, offset, count, is_write, is_word ? Order::kRelaxed : Order::kWeak, Scope::kSys, -1);
+    access(agent, region, offset, count, is_write, is_word ? Order::kRelaxed : Order::kWeak,
+           Scope::kSys, -1);
     known.seen = clock;
     if (is_word && is_write) region.messages[offset] = {{known, Scope::kSys, ~0u, rank}};
     ++slots_[size_t(rank)].time;

@@ -1,6 +1,6 @@
 #pragma once
-// Data races: two accesses of one place, one of them a write, not both strong enough for each other,
-// and neither known to happen before the other. README.md describes the model.
+// Data races: two accesses of one place, one of them a write, not both strong enough for each
+// other, and neither known to happen before the other. README.md describes the model.
 #include "machine.h"
 
 namespace ptx {
@@ -26,7 +26,14 @@ class Races {
     void finish_warp(Warp& warp);
 
     // Accesses.
-    void access(const Agent& agent, Region& region, u64 offset, u32 count, bool is_write, Order order, Scope scope, i32 site);
+    void access(const Agent& agent,
+                Region& region,
+                u64 offset,
+                u32 count,
+                bool is_write,
+                Order order,
+                Scope scope,
+                i32 site);
     Agent agent_of(const Warp& warp, int lane) const;
 
     // Synchronisation. `tick` ends the step of a warp that published something.
@@ -35,10 +42,13 @@ class Races {
     Knowledge publish(const Warp& warp, u32 lanes) const;
     void arrive(Step& step, Knowledge& into);
     void acquire(Step& step, const Knowledge& from);
-    void acquire(Warp& warp, int lane, const Knowledge& from) { warp.knowledge->known[size_t(lane)].join(from); }
+    void acquire(Warp& warp, int lane, const Knowledge& from) {
+        warp.knowledge->known[size_t(lane)].join(from);
+    }
     void sync_warp(Step& step);
     void read_from(Warp& warp, int lane, Region& region, u64 offset, Order order, Scope scope);
-    void written_to(Warp& warp, int lane, Region& region, u64 offset, Order order, Scope scope, bool is_atomic);
+    void written_to(
+        Warp& warp, int lane, Region& region, u64 offset, Order order, Scope scope, bool is_atomic);
     void fence(Step& step, Scope scope);
     void proxy_fence(Step& step);
 
@@ -68,11 +78,17 @@ class Races {
         return rank == other_rank && (scope == Scope::kGpu || cta == other_cta);
     }
     u32 slot_of(int rank, int stream, u64 number);
-    bool conflicts(const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell);
+    bool conflicts(
+        const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell);
     void record_read(Cell& cell, const Access& now, const Agent& agent);
     void record_write(Cell& cell, const Access& now);
     void remember(Cell& cell, const Access& access);
-    void complain(const char* kind, const Access& old, const Access& now, const Agent& agent, const Region& region, u64 cell);
+    void complain(const char* kind,
+                  const Access& old,
+                  const Access& now,
+                  const Agent& agent,
+                  const Region& region,
+                  u64 cell);
 
     Machine& machine_;
     std::vector<Slot> slots_;

@@ -17,9 +17,12 @@ class Resolver {
         Space space = instruction_.space;
         if (space == Space::kGeneric) {
             space = Space::kGlobal;
-            if (address - kSharedWindow < kWindowSize) space = Space::kShared, address -= kSharedWindow;
-            else if (address - kLocalWindow < kWindowSize) space = Space::kLocal, address -= kLocalWindow;
-            else if (address - kParamWindow < kWindowSize) space = Space::kParam, address -= kParamWindow;
+            if (address - kSharedWindow < kWindowSize)
+                space = Space::kShared, address -= kSharedWindow;
+            else if (address - kLocalWindow < kWindowSize)
+                space = Space::kLocal, address -= kLocalWindow;
+            else if (address - kParamWindow < kWindowSize)
+                space = Space::kParam, address -= kParamWindow;
         }
         if (space == Space::kLocal || space == Space::kParam) {
             offset = address;

@@ -2,9 +2,9 @@
 #include <sstream>
 
 #include "bulk.h"
-#include "races.h"
 #include "handlers.h"
 #include "machine.h"
+#include "races.h"
 #include "store_buffers.h"
 
 namespace ptx {
@@ -26,7 +26,8 @@ void Machine::start(Launch& launch) {
                 cta->launch = &launch;
                 cta->id = num_ctas_++;
                 cta->index = {x, y, z};
-                cta->shared = std::make_unique<Region>(0, launch.kernel->shared_bytes + launch.dynamic_shared, launch.rank);
+                cta->shared = std::make_unique<Region>(
+                    0, launch.kernel->shared_bytes + launch.dynamic_shared, launch.rank);
                 cta->shared->is_shared = true;
                 cta->shared->name = "shared memory";
                 for (u32 index = 0; index * kLanes < threads; ++index) {
@@ -65,33 +66,53 @@ void Machine::fill_presets(const Launch& launch, const Cta& cta, Warp& warp) {
             const u32 thread = warp.index * kLanes + lane;
             const u32 position = name.back() == 'x' ? 0 : name.back() == 'y' ? 1 : 2;
             u64 value = 0;
-            if (name.starts_with("%tid.")) value = std::array{thread % bx, thread / bx % by, thread / bx / by}[position];
-            else if (name.starts_with("%ntid.")) value = launch.block[position];
-            else if (name.starts_with("%ctaid.")) value = cta.index[position];
-            else if (name.starts_with("%nctaid.")) value = launch.grid[position];
-            else if (name == "%laneid") value = lane;
-            else if (name == "%warpid") value = warp.index;
-            else if (name == "%nwarpid") value = (bx * by * bz + kLanes - 1) / kLanes;
-            else if (name == "%smid") value = cta.index[0];
-            else if (name == "%nsmid") value = 132;
-            else if (name == "%gridid") value = launch.number;
-            else if (name == "%lanemask_eq") value = 1u << lane;
-            else if (name == "%lanemask_lt") value = (1u << lane) - 1;
-            else if (name == "%lanemask_le") value = u32((u64{2} << lane) - 1);
-            else if (name == "%lanemask_gt") value = ~u32((u64{2} << lane) - 1);
-            else if (name == "%lanemask_ge") value = ~((1u << lane) - 1);
-            else if (name == "%dynamic_smem_size") value = launch.dynamic_shared;
-            else if (name == "%total_smem_size") value = launch.kernel->shared_bytes + launch.dynamic_shared;
-            else if (name == "%cluster_ctarank") value = 0;
-            else if (name == "%cluster_nctarank") value = 1;
-            else value = global_variable(launch.rank, name);
+            if (name.starts_with("%tid."))
+                value = std::array{thread % bx, thread / bx % by, thread / bx / by}[position];
+            else if (name.starts_with("%ntid."))
+                value = launch.block[position];
+            else if (name.starts_with("%ctaid."))
+                value = cta.index[position];
+            else if (name.starts_with("%nctaid."))
+                value = launch.grid[position];
+            else if (name == "%laneid")
+                value = lane;
+            else if (name == "%warpid")
+                value = warp.index;
+            else if (name == "%nwarpid")
+                value = (bx * by * bz + kLanes - 1) / kLanes;
+            else if (name == "%smid")
+                value = cta.index[0];
+            else if (name == "%nsmid")
+                value = 132;
+            else if (name == "%gridid")
+                value = launch.number;
+            else if (name == "%lanemask_eq")
+                value = 1u << lane;
+            else if (name == "%lanemask_lt")
+                value = (1u << lane) - 1;
+            else if (name == "%lanemask_le")
+                value = u32((u64{2} << lane) - 1);
+            else if (name == "%lanemask_gt")
+                value = ~u32((u64{2} << lane) - 1);
+            else if (name == "%lanemask_ge")
+                value = ~((1u << lane) - 1);
+            else if (name == "%dynamic_smem_size")
+                value = launch.dynamic_shared;
+            else if (name == "%total_smem_size")
+                value = launch.kernel->shared_bytes + launch.dynamic_shared;
+            else if (name == "%cluster_ctarank")
+                value = 0;
+            else if (name == "%cluster_nctarank")
+                value = 1;
+            else
+                value = global_variable(launch.rank, name);
             row[lane] = value;
         }
     }
 }
 
 void Machine::wake(Warp& warp) {
-    if (warp.is_runnable) return;
+    if (warp.is_runnable || warp.live == 0) return;
     warp.is_runnable = true;
     runnable_.push_back(&warp);
 }
@@ -100,8 +121,12 @@ Machine::Progress Machine::run_slice(u64 max_instructions) {
     const u64 limit = steps_ + max_instructions;
     start_ready_launches();
     while (steps_ < limit) {
-        if (!bulk_copies_->empty() && (runnable_.empty() || random_.one_in(6))) bulk_copies_->step();
-        if (store_buffers_ && !store_buffers_->empty() && random_.one_in(8)) store_buffers_->drain_one();
+        if (!bulk_copies_->empty() && (runnable_.empty() || random_.one_in(6)))
+            bulk_copies_->step();
+        if (store_buffers_ && !store_buffers_->empty() && random_.one_in(drain_interval_)) {
+            store_buffers_->drain_one();
+            made_progress();
+        }
         if (runnable_.empty()) {
             if (!bulk_copies_->empty()) continue;
             return is_idle(-1, -1) ? Progress::kIdle : Progress::kStuck;
@@ -115,7 +140,8 @@ Machine::Progress Machine::run_slice(u64 max_instructions) {
             runnable_.pop_back();
             if (warp.live == 0) finish_warp(warp);
         }
-        if (steps_ - last_progress_ > options_.patience && !let_time_pass()) return Progress::kStuck;
+        if (steps_ - last_progress_ > options_.patience && !let_time_pass())
+            return Progress::kStuck;
     }
     return Progress::kRan;
 }
@@ -141,8 +167,11 @@ void Machine::run_burst(Warp& warp, u64 budget) {
         if (instruction.predicate >= 0) {
             const u64* predicate = step.registers + size_t(instruction.predicate) * kLanes;
             u32 chosen_lanes = 0;
-            if (instruction.checks_definedness) check_defined(warp, instruction, group.mask, kernel);
-            for_lanes(group.mask, [&](int lane) { chosen_lanes |= u32((predicate[lane] != 0) != instruction.negated) << lane; });
+            if (instruction.checks_definedness)
+                check_defined(warp, instruction, group.mask, kernel);
+            for_lanes(group.mask, [&](int lane) {
+                chosen_lanes |= u32((predicate[lane] != 0) != instruction.negated) << lane;
+            });
             step.active = chosen_lanes;
         } else if (instruction.checks_definedness) {
             check_defined(warp, instruction, group.mask, kernel);
@@ -160,7 +189,8 @@ void Machine::run_burst(Warp& warp, u64 budget) {
             outcome = instruction.handler(step, instruction);
             if (outcome != Outcome::kBlocked) {
                 ++launch.kernel->executed[pc];
-                if (instruction.checks_definedness) mark_defined(warp, instruction, step.active, kernel);
+                if (instruction.checks_definedness)
+                    mark_defined(warp, instruction, step.active, kernel);
             }
         }
         ++steps_;
@@ -179,10 +209,14 @@ void Machine::run_burst(Warp& warp, u64 budget) {
 int Machine::choose_group(Warp& warp) {
     const auto can_run = [&](const Group& group) {
         switch (group.wait) {
-            case Wait::kNone: return true;
-            case Wait::kLanes: return false;
-            case Wait::kBarrier: return warp.cta->barriers[group.barrier].generation != group.generation;
-            default: return true;  // kBulk: the instruction looks again
+            case Wait::kNone:
+                return true;
+            case Wait::kLanes:
+                return false;
+            case Wait::kBarrier:
+                return warp.cta->barriers[group.barrier].generation != group.generation;
+            default:
+                return true;  // kBulk: the instruction looks again
         }
     };
     if (warp.groups.size() == 1) {
@@ -208,7 +242,8 @@ int Machine::choose_group(Warp& warp) {
 int Machine::look_at_bulk(Warp& warp, int index) {
     Group& group = warp.groups[size_t(index)];
     const Instruction& instruction = warp.cta->launch->kernel->code[group.pc];
-    Step step{*this, warp, *warp.cta, warp.registers.data(), warp.cta->launch->kernel->constants.data()};
+    Step step{*this, warp, *warp.cta, warp.registers.data(),
+              warp.cta->launch->kernel->constants.data()};
     const u64 keep = step.source(instruction, 0)[std::countr_zero(group.mask)];
     if (!bulk_copies_->groups_are_done(warp, keep, instruction.variant != 0)) return -1;
     group.wait = Wait::kNone;
@@ -230,29 +265,39 @@ void Machine::merge_groups(Warp& warp) {
         }
 }
 
-void Machine::check_defined(Warp& warp, const Instruction& instruction, u32 active, const Kernel& kernel) {
+void Machine::check_defined(Warp& warp,
+                            const Instruction& instruction,
+                            u32 active,
+                            const Kernel& kernel) {
     const auto require = [&](i32 row) {
         if (row < 0 || !kernel.tracked[size_t(row)]) return;
         if (const u32 undefined = active & ~warp.defined[size_t(row)])
-            fault(warp, std::countr_zero(undefined), instruction, "expected registers that have been written, one has not");
+            fault(warp, std::countr_zero(undefined), instruction,
+                  "expected registers that have been written, one has not");
     };
     if (instruction.predicate >= 0) require(instruction.predicate);
     // Copies pass undefined values on; only what they select by or shuffle with must be defined.
     for (int i = 0; i < instruction.num_sources; ++i)
-        if (!instruction.copies || (instruction.num_sources > 1 && i > (instruction.handler == shuffle ? 0 : 1)))
+        if (!instruction.copies ||
+            (instruction.num_sources > 1 && i > (instruction.handler == shuffle ? 0 : 1)))
             require(instruction.sources[size_t(i)]);
 }
 
-void Machine::mark_defined(Warp& warp, const Instruction& instruction, u32 active, const Kernel& kernel) {
+void Machine::mark_defined(Warp& warp,
+                           const Instruction& instruction,
+                           u32 active,
+                           const Kernel& kernel) {
     const auto is_defined = [&](i32 row) {
         return row < 0 || !kernel.tracked[size_t(row)] ? kAllLanes : warp.defined[size_t(row)];
     };
     u32 result = kAllLanes;
     if (instruction.handler == shuffle) return;  // does it itself
-    if (instruction.copies && instruction.num_sources == 1) result = is_defined(instruction.sources[0]);
+    if (instruction.copies && instruction.num_sources == 1)
+        result = is_defined(instruction.sources[0]);
     if (instruction.copies && instruction.num_sources == 3) {
         const i32 row = instruction.sources[2];
-        const u64* condition = row >= 0 ? warp.registers.data() + size_t(row) * kLanes : kernel.constants[size_t(~row)].data();
+        const u64* condition = row >= 0 ? warp.registers.data() + size_t(row) * kLanes
+                                        : kernel.constants[size_t(~row)].data();
         const u32 a = is_defined(instruction.sources[0]), b = is_defined(instruction.sources[1]);
         result = 0;
         for_lanes(active, [&](int lane) { result |= (condition[lane] ? a : b) & (1u << lane); });
@@ -283,8 +328,9 @@ void Machine::finish_launch(Launch& launch) {
     if (store_buffers_) store_buffers_->flush_rank(launch.rank);
     if (races_) stream_knowledge_[{launch.rank, launch.stream}] = launch.knowledge;
     if (launch.kernel->local_bytes > 0 && launch.counts->local_written > 0)
-        report("local", launch.kernel->name, "kernel " + launch.kernel->name + " writes its stack frame of " +
-                                                  std::to_string(launch.kernel->local_bytes) + " bytes");
+        report("local", launch.kernel->name,
+               "kernel " + launch.kernel->name + " writes its stack frame of " +
+                   std::to_string(launch.kernel->local_bytes) + " bytes");
     Queue& queue = streams_[{launch.rank, launch.stream}];
     launch.ctas.clear();
     launch.parameters.clear();
@@ -296,7 +342,8 @@ void Machine::finish_launch(Launch& launch) {
 
 /// Nothing moves. Perhaps only time must pass for somebody who watches the clock.
 bool Machine::let_time_pass() {
-    if (runnable_.empty() || last_time_read_ <= last_progress_ || num_time_jumps_ >= 20) return false;
+    if (runnable_.empty() || last_time_read_ <= last_progress_ || num_time_jumps_ >= 20)
+        return false;
     skipped_nanoseconds_ += u64{1'000'000'000} << num_time_jumps_++;
     // Everyone gets the time to look at the clock again.
     const u64 grace = std::min<u64>(options_.patience, 2000 * runnable_.size());
@@ -314,14 +361,17 @@ std::string Machine::describe_waiting() const {
                 for (const Group& group : warp->groups) {
                     const Instruction& instruction = launch.kernel->code[group.pc];
                     std::ostringstream text;
-                    text << "rank " << launch.rank << " block " << cta->index[0] << " warp " << warp->index << " mask 0x"
-                         << std::hex << group.mask << std::dec << " at " << launch.module->opcodes[size_t(instruction.opcode)]
-                         << " (" << describe(instruction.site) << ")";
+                    text << "rank " << launch.rank << " block " << cta->index[0] << " warp "
+                         << warp->index << " mask 0x" << std::hex << group.mask << std::dec
+                         << " at " << launch.module->opcodes[size_t(instruction.opcode)] << " ("
+                         << describe(instruction.site) << ")";
                     if (group.wait == Wait::kLanes) text << " for lanes that are elsewhere";
                     if (group.wait == Wait::kBarrier) {
                         const Barrier& barrier = cta->barriers[group.barrier];
-                        text << " in barrier " << group.barrier << ", where " << barrier.arrived << " threads of "
-                             << (barrier.expected ? barrier.expected : cta->live_warps * kLanes) << " are";
+                        text << " in barrier " << group.barrier << ", where " << barrier.arrived
+                             << " threads of "
+                             << (barrier.expected ? barrier.expected : cta->live_warps * kLanes)
+                             << " are";
                     }
                     if (group.wait == Wait::kBulk) text << " for bulk copies";
                     counts[text.str()] += u64(std::popcount(group.mask));

@@ -9,7 +9,14 @@ constexpr size_t kMostPending = 256;  // per CTA or rank; the oldest goes to mem
 
 }  // namespace
 
-void StoreBuffers::store(Warp& warp, int lane, Region& region, u64 offset, const u8* bytes, u32 count, Order order, Scope scope) {
+void StoreBuffers::store(Warp& warp,
+                         int lane,
+                         Region& region,
+                         u64 offset,
+                         const u8* bytes,
+                         u32 count,
+                         Order order,
+                         Scope scope) {
     const bool is_direct = order == Order::kRelease && (scope == Scope::kSys || region.is_shared);
     if (order == Order::kRelease) release(warp, 1u << lane, scope);
     if (is_direct) {
@@ -24,16 +31,19 @@ void StoreBuffers::store(Warp& warp, int lane, Region& region, u64 offset, const
     list.push_back(pending);
     ++filter(region, offset);
     ++num_pending_;
-    if (order == Order::kRelease) release(warp, 1u << lane, scope);  // the flag itself, at its reach
+    if (order == Order::kRelease)
+        release(warp, 1u << lane, scope);  // the flag itself, at its reach
 }
 
 void StoreBuffers::lay(const Pending& pending, u64 offset, u8* bytes, u32 count) {
     const u64 begin = std::max(offset, pending.offset);
     const u64 end = std::min(offset + count, pending.offset + pending.count);
-    std::memcpy(bytes + (begin - offset), pending.bytes.data() + (begin - pending.offset), end - begin);
+    std::memcpy(bytes + (begin - offset), pending.bytes.data() + (begin - pending.offset),
+                end - begin);
 }
 
-void StoreBuffers::overlay(const Warp& warp, int lane, const Region& region, u64 offset, u8* bytes, u32 count) const {
+void StoreBuffers::overlay(
+    const Warp& warp, int lane, const Region& region, u64 offset, u8* bytes, u32 count) const {
     if (!may_hold(region, offset)) return;
     for (const Pending& pending : by_rank_[size_t(warp.cta->launch->rank)])
         if (pending.overlaps(region, offset, count)) lay(pending, offset, bytes, count);
@@ -42,34 +52,37 @@ void StoreBuffers::overlay(const Warp& warp, int lane, const Region& region, u64
     for (const Pending& pending : found->second) {
         if (!pending.overlaps(region, offset, count)) continue;
         const bool same_warp = pending.warp == warp.index;
-        if (pending.level == kCta || (same_warp && (pending.level == kWarp || pending.lane == lane)))
+        if (pending.level == kCta ||
+            (same_warp && (pending.level == kWarp || pending.lane == lane)))
             lay(pending, offset, bytes, count);
     }
 }
 
-/// Older stores to the same bytes go first, so that one thread's stores to one place keep their order.
+/// Older stores to the same bytes go first, so that one thread's stores to one place keep their
+/// order.
 void StoreBuffers::commit(List& list, size_t number) {
-    Pending pending = list[number];
-    for (size_t older = 0; older < number;) {
-        if (!list[older].overlaps(*pending.region, pending.offset, pending.count)) {
-            ++older;
-            continue;
-        }
-        const size_t before = list.size();
-        commit(list, older);
-        number -= before - list.size();
-        older = 0;
-    }
-    for (List& rank : by_rank_) {
-        if (&rank == &list) continue;
-        for (size_t i = 0; i < rank.size();)
-            if (rank[i].overlaps(*pending.region, pending.offset, pending.count)) commit(rank, i), i = 0;
-            else ++i;
-    }
+    const Pending pending = list[number];
+    list.erase(list.begin() + i64(number));  // first, so that what follows cannot meet it again
+    const auto overlaps = [&](const Pending& other) {
+        return other.overlaps(*pending.region, pending.offset, pending.count);
+    };
+    const auto commit_first = [&](List& from, size_t end) {
+        for (size_t i = 0; i < std::min(end, from.size());)
+            if (overlaps(from[i])) {
+                const size_t before = from.size();
+                commit(from, i);
+                end -= std::min(end, before - from.size());
+                i = 0;
+            } else {
+                ++i;
+            }
+    };
+    commit_first(list, number);
+    for (List& rank : by_rank_)
+        if (&rank != &list) commit_first(rank, rank.size());
     std::memcpy(pending.region->data.get() + pending.offset, pending.bytes.data(), pending.count);
     --filter(*pending.region, pending.offset);
     --num_pending_;
-    list.erase(list.begin() + i64(number));
 }
 
 void StoreBuffers::move_to_rank(List& list, size_t number, int rank) {
@@ -82,8 +95,10 @@ void StoreBuffers::move_to_rank(List& list, size_t number, int rank) {
 template <class Choose>
 void StoreBuffers::commit_where(List& list, Choose choose) {
     for (size_t i = 0; i < list.size();)
-        if (choose(list[i])) commit(list, i), i = 0;
-        else ++i;
+        if (choose(list[i]))
+            commit(list, i), i = 0;
+        else
+            ++i;
 }
 
 void StoreBuffers::release(const Warp& warp, u32 lanes, Scope scope) {
@@ -91,7 +106,8 @@ void StoreBuffers::release(const Warp& warp, u32 lanes, Scope scope) {
     const int rank = warp.cta->launch->rank;
     const auto is_before = [&](const Pending& pending) {
         if (pending.level == kCta) return true;
-        return pending.warp == warp.index && (pending.level == kWarp || (lanes >> pending.lane & 1));
+        return pending.warp == warp.index &&
+               (pending.level == kWarp || (lanes >> pending.lane & 1));
     };
     if (found != by_cta_.end()) {
         List& list = found->second;
@@ -99,28 +115,33 @@ void StoreBuffers::release(const Warp& warp, u32 lanes, Scope scope) {
             commit_where(list, is_before);
         } else {
             for (size_t i = 0; i < list.size();) {
-                if (!is_before(list[i])) ++i;
-                else if (scope == Scope::kGpu) move_to_rank(list, i, rank);
-                else list[i++].level = kCta;
+                if (!is_before(list[i]))
+                    ++i;
+                else if (scope == Scope::kGpu)
+                    move_to_rank(list, i, rank);
+                else
+                    list[i++].level = kCta;
             }
         }
     }
-    if (scope == Scope::kSys) commit_where(by_rank_[size_t(rank)], [](const Pending&) { return true; });
+    if (scope == Scope::kSys)
+        commit_where(by_rank_[size_t(rank)], [](const Pending&) { return true; });
 }
 
 void StoreBuffers::warp_barrier(const Warp& warp, u32 lanes) {
     if (const auto found = by_cta_.find(warp.cta); found != by_cta_.end())
         for (Pending& pending : found->second)
-            if (pending.level == kLane && pending.warp == warp.index && (lanes >> pending.lane & 1)) pending.level = kWarp;
+            if (pending.level == kLane && pending.warp == warp.index && (lanes >> pending.lane & 1))
+                pending.level = kWarp;
 }
 
-void StoreBuffers::cta_barrier(const Warp& warp, u32 lanes) {
-    release(warp, lanes, Scope::kCta);
-}
+void StoreBuffers::cta_barrier(const Warp& warp, u32 lanes) { release(warp, lanes, Scope::kCta); }
 
 void StoreBuffers::flush(const Region& region, u64 offset, u64 count) {
     if (empty()) return;
-    const auto overlaps = [&](const Pending& pending) { return pending.overlaps(region, offset, count); };
+    const auto overlaps = [&](const Pending& pending) {
+        return pending.overlaps(region, offset, count);
+    };
     for (List& list : by_rank_) commit_where(list, overlaps);
     for (auto& [cta, list] : by_cta_) commit_where(list, overlaps);
 }

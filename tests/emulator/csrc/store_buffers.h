@@ -9,11 +9,20 @@ namespace ptx {
 
 class StoreBuffers {
  public:
-    explicit StoreBuffers(Machine& machine, int num_ranks) : machine_(machine), by_rank_(size_t(num_ranks)) {}
+    explicit StoreBuffers(Machine& machine, int num_ranks)
+        : machine_(machine), by_rank_(size_t(num_ranks)) {}
 
-    void store(Warp& warp, int lane, Region& region, u64 offset, const u8* bytes, u32 count, Order order, Scope scope);
+    void store(Warp& warp,
+               int lane,
+               Region& region,
+               u64 offset,
+               const u8* bytes,
+               u32 count,
+               Order order,
+               Scope scope);
     /// Lay the pending stores that this lane may see over what memory holds.
-    void overlay(const Warp& warp, int lane, const Region& region, u64 offset, u8* bytes, u32 count) const;
+    void overlay(
+        const Warp& warp, int lane, const Region& region, u64 offset, u8* bytes, u32 count) const;
     /// What happened before in this lane becomes visible at `scope`.
     void release(const Warp& warp, u32 lanes, Scope scope);
     void warp_barrier(const Warp& warp, u32 lanes);
@@ -44,7 +53,9 @@ class StoreBuffers {
     static size_t hash(const Region& region, u64 offset) {
         return ((region.address + offset) >> 5) * 0x9e3779b97f4a7c15 >> 52;
     }
-    bool may_hold(const Region& region, u64 offset) const { return filter_[hash(region, offset)] != 0; }
+    bool may_hold(const Region& region, u64 offset) const {
+        return filter_[hash(region, offset)] != 0;
+    }
     void commit(List& list, size_t number);
     void move_to_rank(List& list, size_t number, int rank);
     template <class Choose>

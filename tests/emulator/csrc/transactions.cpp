@@ -9,18 +9,22 @@ namespace {
 
 constexpr u64 kMostPending = (1u << 20) - 1;
 
-TransactionBarrier& find(Machine& machine, Warp& warp, int lane, const Instruction& instruction, u64 address) {
+TransactionBarrier& find(
+    Machine& machine, Warp& warp, int lane, const Instruction& instruction, u64 address) {
     const auto found = warp.cta->transaction_barriers.find(address);
     if (found == warp.cta->transaction_barriers.end())
-        machine.fault(warp, lane, instruction, "expected an mbarrier at shared address " + std::to_string(address) +
-                                                   ", none has been initialised there");
+        machine.fault(warp, lane, instruction,
+                      "expected an mbarrier at shared address " + std::to_string(address) +
+                          ", none has been initialised there");
     return found->second;
 }
 
 u64 address_of(Step& step, const Instruction& instruction, int lane) {
     const u64 address = u32(step.source(instruction, 0)[lane] + u64(instruction.offset));
-    if (address % 8 != 0) step.machine.fault(step.warp, lane, instruction, "expected an mbarrier at a multiple of 8");
-    if (!step.cta.shared->contains(address, 8)) step.machine.fault(step.warp, lane, instruction, "out of bounds: mbarrier");
+    if (address % 8 != 0)
+        step.machine.fault(step.warp, lane, instruction, "expected an mbarrier at a multiple of 8");
+    if (!step.cta.shared->contains(address, 8))
+        step.machine.fault(step.warp, lane, instruction, "out of bounds: mbarrier");
     return address;
 }
 
@@ -48,9 +52,11 @@ Outcome wait(Step& step, const Instruction& instruction, bool by_parity) {
         TransactionBarrier& barrier = find(step.machine, step.warp, lane, instruction, address);
         access(step, instruction, lane, address, false);
         // A parity names the phase that is current or the one before.
-        const bool done = by_parity ? (barrier.phase & 1) != (phase[lane] & 1) : barrier.phase != phase[lane];
+        const bool done =
+            by_parity ? (barrier.phase & 1) != (phase[lane] & 1) : barrier.phase != phase[lane];
         d[lane] = done;
-        if (done && step.machine.races() && instruction.order == Order::kAcquire && barrier.completed)
+        if (done && step.machine.races() && instruction.order == Order::kAcquire &&
+            barrier.completed)
             step.machine.races()->acquire(step.warp, lane, barrier.completed);
     });
     return Outcome::kAdvance;
@@ -58,7 +64,12 @@ Outcome wait(Step& step, const Instruction& instruction, bool by_parity) {
 
 }  // namespace
 
-void complete_bytes(Machine& machine, Warp& warp, const Instruction& instruction, u64 address, u32 count, const Knowledge& done) {
+void complete_bytes(Machine& machine,
+                    Warp& warp,
+                    const Instruction& instruction,
+                    u64 address,
+                    u32 count,
+                    const Knowledge& done) {
     TransactionBarrier& barrier = find(machine, warp, 0, instruction, address);
     barrier.bytes -= count;
     barrier.arriving.join(done);
@@ -71,7 +82,8 @@ Outcome barrier_init(Step& step, const Instruction& instruction) {
         const u64 address = address_of(step, instruction, lane);
         const u32 expected = u32(count[lane]);
         if (expected == 0 || expected > kMostPending)
-            step.machine.fault(step.warp, lane, instruction, "expected a count of 1 to 1048575, got " + std::to_string(expected));
+            step.machine.fault(step.warp, lane, instruction,
+                               "expected a count of 1 to 1048575, got " + std::to_string(expected));
         access(step, instruction, lane, address, true);
         step.cta.transaction_barriers[address] = {expected, expected, 0, 0, {}, {}};
         std::fill_n(step.cta.shared->written.get() + address, 8, u8(1));
@@ -100,11 +112,15 @@ Outcome barrier_arrive(Step& step, const Instruction& instruction) {
         if (!(instruction.variant & kArriveOnly)) return;
         const u32 arrivals = instruction.variant == kArriveOnly ? u32(amount[lane]) : 1;
         if (arrivals == 0 || arrivals > barrier.pending)
-            step.machine.fault(step.warp, lane, instruction, "expected at most " + std::to_string(barrier.pending) +
-                                                                 " arrivals in this phase, got " + std::to_string(arrivals));
-        if (races && instruction.order == Order::kRelease) barrier.arriving.join(races->publish(step.warp, lane));
-        if (step.machine.store_buffers()) step.machine.store_buffers()->release(step.warp, 1u << lane, Scope::kCta);
-        if (instruction.num_destinations > 0) step.destination(instruction, 0)[lane] = barrier.phase;
+            step.machine.fault(step.warp, lane, instruction,
+                               "expected at most " + std::to_string(barrier.pending) +
+                                   " arrivals in this phase, got " + std::to_string(arrivals));
+        if (races && instruction.order == Order::kRelease)
+            barrier.arriving.join(races->publish(step.warp, lane));
+        if (step.machine.store_buffers())
+            step.machine.store_buffers()->release(step.warp, 1u << lane, Scope::kCta);
+        if (instruction.num_destinations > 0)
+            step.destination(instruction, 0)[lane] = barrier.phase;
         barrier.pending -= arrivals;
         complete_phase(step.machine, barrier);
     });
@@ -113,7 +129,11 @@ Outcome barrier_arrive(Step& step, const Instruction& instruction) {
     return Outcome::kAdvance;
 }
 
-Outcome barrier_try(Step& step, const Instruction& instruction) { return wait(step, instruction, true); }
-Outcome barrier_try_state(Step& step, const Instruction& instruction) { return wait(step, instruction, false); }
+Outcome barrier_try(Step& step, const Instruction& instruction) {
+    return wait(step, instruction, true);
+}
+Outcome barrier_try_state(Step& step, const Instruction& instruction) {
+    return wait(step, instruction, false);
+}
 
 }  // namespace ptx

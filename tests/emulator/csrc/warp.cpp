@@ -14,7 +14,8 @@ bool lanes_are_here(Step& step, const Instruction& instruction, u32 mask) {
     if (mask & ~step.warp.live)
         step.machine.fault(step.warp, step.first_lane(), instruction,
                            "expected the lanes of the membermask to be alive, lane " +
-                               std::to_string(std::countr_zero(mask & ~step.warp.live)) + " is not");
+                               std::to_string(std::countr_zero(mask & ~step.warp.live)) +
+                               " is not");
     if (mask == step.active) return true;
     step.warp.groups[step.group].wait = Wait::kLanes;
     return false;
@@ -28,7 +29,8 @@ u32 common_mask(Step& step, const Instruction& instruction, int source) {
     const u32 mask = u32(masks[step.first_lane()]);
     for_lanes(step.active, [&](int lane) {
         if (u32(masks[lane]) != mask)
-            step.machine.fault(step.warp, lane, instruction, "expected the same membermask in all lanes");
+            step.machine.fault(step.warp, lane, instruction,
+                               "expected the same membermask in all lanes");
     });
     return mask;
 }
@@ -44,7 +46,8 @@ Outcome sync_warp(Step& step, const Instruction& instruction) {
 }
 
 Outcome shuffle(Step& step, const Instruction& instruction) {
-    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 3))) return Outcome::kBlocked;
+    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 3)))
+        return Outcome::kBlocked;
     std::array<u64, kLanes> values;
     std::copy_n(step.source(instruction, 0), kLanes, values.begin());
     const u64 *b = step.source(instruction, 1), *c = step.source(instruction, 2);
@@ -62,27 +65,38 @@ Outcome shuffle(Step& step, const Instruction& instruction) {
         int from = lane;
         bool valid = false;
         switch (instruction.variant) {
-            case kUp: from = lane - distance, valid = from >= highest; break;
-            case kDown: from = lane + distance, valid = from <= highest; break;
-            case kButterfly: from = lane ^ distance, valid = from <= highest; break;
-            default: from = lowest | (distance & ~segments), valid = from <= highest; break;
+            case kUp:
+                from = lane - distance, valid = from >= highest;
+                break;
+            case kDown:
+                from = lane + distance, valid = from <= highest;
+                break;
+            case kButterfly:
+                from = lane ^ distance, valid = from <= highest;
+                break;
+            default:
+                from = lowest | (distance & ~segments), valid = from <= highest;
+                break;
         }
         if (!valid) from = lane;
         if (!(step.active >> from & 1))
-            step.machine.fault(step.warp, lane, instruction,
-                               "expected lane " + std::to_string(from) + ", which is read, to take part");
+            step.machine.fault(
+                step.warp, lane, instruction,
+                "expected lane " + std::to_string(from) + ", which is read, to take part");
         d[lane] = keep_bits(values[size_t(from)], 32);
         if (in_range) in_range[lane] = valid;
         defined |= (source_defined >> from & 1) << lane;
     });
     // The general bookkeeping marks results as defined; take back what came from undefined lanes.
     const i32 row = instruction.destinations[0];
-    if (tracked[size_t(row)]) step.warp.defined[size_t(row)] = (step.warp.defined[size_t(row)] & ~step.active) | defined;
+    if (tracked[size_t(row)])
+        step.warp.defined[size_t(row)] = (step.warp.defined[size_t(row)] & ~step.active) | defined;
     return Outcome::kAdvance;
 }
 
 Outcome vote(Step& step, const Instruction& instruction) {
-    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1))) return Outcome::kBlocked;
+    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1)))
+        return Outcome::kBlocked;
     const u64* predicate = step.source(instruction, 0);
     u64* d = step.destination(instruction, 0);
     u32 ballot = 0;
@@ -96,7 +110,8 @@ Outcome vote(Step& step, const Instruction& instruction) {
 }
 
 Outcome match_any(Step& step, const Instruction& instruction) {
-    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1))) return Outcome::kBlocked;
+    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1)))
+        return Outcome::kBlocked;
     const u64* values = step.source(instruction, 0);
     std::array<u64, kLanes> result{};
     for_lanes(step.active, [&](int lane) {
@@ -111,7 +126,8 @@ Outcome match_any(Step& step, const Instruction& instruction) {
 }
 
 Outcome match_all(Step& step, const Instruction& instruction) {
-    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1))) return Outcome::kBlocked;
+    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1)))
+        return Outcome::kBlocked;
     const u64* values = step.source(instruction, 0);
     const u64 first = values[step.first_lane()];
     bool same = true;
@@ -128,20 +144,37 @@ Outcome match_all(Step& step, const Instruction& instruction) {
 }
 
 Outcome reduce(Step& step, const Instruction& instruction) {
-    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1))) return Outcome::kBlocked;
+    if (!lanes_are_here(step, instruction, common_mask(step, instruction, 1)))
+        return Outcome::kBlocked;
     const u64* values = step.source(instruction, 0);
     u32 total = u32(values[step.first_lane()]);
     for_lanes(step.active & (step.active - 1), [&](int lane) {
         const u32 value = u32(values[lane]);
         switch (instruction.variant) {
-            case kAdd: total += value; break;
-            case kMinSigned: total = u32(std::min(i32(total), i32(value))); break;
-            case kMaxSigned: total = u32(std::max(i32(total), i32(value))); break;
-            case kMinUnsigned: total = std::min(total, value); break;
-            case kMaxUnsigned: total = std::max(total, value); break;
-            case kAnd: total &= value; break;
-            case kOr: total |= value; break;
-            default: total ^= value; break;
+            case kAdd:
+                total += value;
+                break;
+            case kMinSigned:
+                total = u32(std::min(i32(total), i32(value)));
+                break;
+            case kMaxSigned:
+                total = u32(std::max(i32(total), i32(value)));
+                break;
+            case kMinUnsigned:
+                total = std::min(total, value);
+                break;
+            case kMaxUnsigned:
+                total = std::max(total, value);
+                break;
+            case kAnd:
+                total &= value;
+                break;
+            case kOr:
+                total |= value;
+                break;
+            default:
+                total ^= value;
+                break;
         }
     });
     u64* d = step.destination(instruction, 0);
