@@ -65,6 +65,12 @@ class Machine(_emulator.Machine):
         return np.frombuffer(self.read(rank, address, num_bytes), dtype).reshape(shape).copy()
 
 
+def forms() -> list[str]:
+    """Return the full names of all opcodes that only compute."""
+    names: list[str] = _emulator.forms()
+    return names
+
+
 def sample(name: str) -> str:
     """Return the committed PTX of one of samples/*.cu."""
     return (SAMPLES / f"{name}.ptx").read_text()

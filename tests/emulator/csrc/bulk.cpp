@@ -59,6 +59,7 @@ void BulkCopies::finish(Copy& copy) {
     } else {
         if (machine_.races()) copy.warp->bulk_writes_done.emplace_back(copy.group, done);
         machine_.wake(*copy.warp);
+        machine_.copy_ended(*copy.warp->cta->launch);
     }
 }
 
@@ -96,8 +97,15 @@ bool BulkCopies::groups_are_done(const Warp& warp, u64 keep, bool only_read) con
     return true;
 }
 
-bool BulkCopies::any_of(const Cta& cta) const {
-    return std::ranges::any_of(flying_, [&](const Copy& copy) { return copy.warp->cta == &cta; });
+bool BulkCopies::use_shared_memory_of(const Cta& cta) const {
+    return std::ranges::any_of(flying_, [&](const Copy& copy) {
+        return copy.warp->cta == &cta && (!copy.is_store || copy.num_read < copy.num_bytes);
+    });
+}
+
+bool BulkCopies::any_of(const Launch& launch) const {
+    return std::ranges::any_of(flying_,
+                               [&](const Copy& copy) { return copy.warp->cta->launch == &launch; });
 }
 
 namespace {

@@ -27,8 +27,8 @@ class BulkCopies {
     bool empty() const { return flying_.empty(); }
     /// Whether the warp's committed groups, all but the `keep` latest, have come so far.
     bool groups_are_done(const Warp& warp, u64 keep, bool only_read) const;
-    void forget(const Cta& cta);
-    bool any_of(const Cta& cta) const;
+    bool use_shared_memory_of(const Cta& cta) const;
+    bool any_of(const Launch& launch) const;
 
  private:
     void read_some(Copy& copy, u32 count);

@@ -121,6 +121,11 @@ float widen(u16 a) {
 template <class Format, Rounding kRounding, bool kSaturate, bool kRelu>
 u32 narrow(float a) {
     if (kRelu && a < 0) a = 0;
+    if constexpr (std::same_as<Format, Brain> && kRounding == Rounding::kNearest && !kSaturate) {
+        // The upper half of a float, which is what this format is; carries round to even.
+        const u32 bits = std::bit_cast<u32>(a);
+        return std::isnan(a) ? Brain::kNan : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
     return Format::narrow(a, kSaturate, kRounding);
 }
 // Two values in one register; the first operand becomes the upper half.

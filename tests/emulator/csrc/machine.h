@@ -19,7 +19,7 @@ struct Group {
     u32 pc = 0;
     u32 mask = 0;
     Wait wait = Wait::kNone;
-    u32 barrier = 0;
+    u32 barrier = 0;  // the barrier, or the membermask of a warp barrier
     u64 generation = 0;
 };
 
@@ -195,6 +195,8 @@ class Machine {
     u64 cycles() const { return steps_; }
     void made_progress() { last_progress_ = steps_, num_time_jumps_ = 0; }
     void wake(Warp& warp);
+    /// One of the launch's bulk copies has ended.
+    void copy_ended(Launch& launch);
     void report(const std::string& kind, const std::string& key, const std::string& text);
     [[noreturn]] void fault(const Warp& warp,
                             int lane,
@@ -277,6 +279,7 @@ class Machine {
     // How many bursts pass per step of a copy or drained store: prompt in some runs, late in
     // others.
     u64 copy_interval_, drain_interval_;
+    u64 burst_kinds_;  // bursts are powers of two below 2 ** burst_kinds_
     u64 num_launches_ = 0;
     u32 num_ctas_ = 0;
     bool tracks_proxy_ = false;

@@ -68,6 +68,7 @@ struct SmallFloat {
         if (std::isnan(value)) return kNan;
         const u32 sign = std::signbit(value) ? kSign : 0;
         const double magnitude = std::fabs(value);
+        if (magnitude == 0) return sign;
         if (std::isinf(magnitude))
             return sign | (saturate ? kLargest : kHasInfinity ? kLargest + 1 : kNan);
         int exponent = 0;

@@ -134,7 +134,7 @@ Machine::Progress Machine::run_slice(u64 max_instructions) {
         const size_t number = random_.below(runnable_.size());
         Warp& warp = *runnable_[number];
         // Short and long bursts: some bugs need one instruction between two others, some hundreds.
-        run_burst(warp, u64{1} << random_.below(8));
+        run_burst(warp, u64{1} << random_.below(burst_kinds_));
         if (!warp.is_runnable) {
             runnable_[number] = runnable_.back();
             runnable_.pop_back();
@@ -317,11 +317,16 @@ void Machine::finish_warp(Warp& warp) {
     --cta.live_warps;
     for (u32 number = 0; number < cta.barriers.size(); ++number) check_barrier(cta, number);
     if (cta.live_warps > 0) return;
-    // A CTA ends when its copies have; nobody may wait for them any more, but they still happen.
-    while (bulk_copies_->any_of(cta)) bulk_copies_->step();
+    // Nobody waits for what still reads or writes the CTA's shared memory; it happens all the same.
+    while (bulk_copies_->use_shared_memory_of(cta)) bulk_copies_->step();
     if (store_buffers_) store_buffers_->flush_cta(cta);
     cta.shared.reset();
-    if (--launch.live_ctas == 0) finish_launch(launch);
+    --launch.live_ctas;
+    copy_ended(launch);
+}
+
+void Machine::copy_ended(Launch& launch) {
+    if (launch.live_ctas == 0 && !bulk_copies_->any_of(launch)) finish_launch(launch);
 }
 
 void Machine::finish_launch(Launch& launch) {

@@ -37,11 +37,30 @@ u32 common_mask(Step& step, const Instruction& instruction, int source) {
 
 }  // namespace
 
+/// The lanes may come to different instructions, as long as all name the same mask.
 Outcome sync_warp(Step& step, const Instruction& instruction) {
     const u32 mask = common_mask(step, instruction, 0);
-    if (!lanes_are_here(step, instruction, mask)) return Outcome::kBlocked;
+    const auto& code = step.cta.launch->kernel->code;
+    const auto waits_too = [&](const Group& group) {
+        return group.wait == Wait::kLanes && group.barrier == mask &&
+               code[group.pc].handler == sync_warp;
+    };
+    const u32 own = step.active;
+    for (const Group& group : step.warp.groups)
+        if (waits_too(group)) step.active |= group.mask;
+    if (!lanes_are_here(step, instruction, mask)) {
+        step.warp.groups[step.group].barrier = mask;
+        step.active = own;
+        return Outcome::kBlocked;
+    }
     if (step.machine.races()) step.machine.races()->sync_warp(step);
     if (step.machine.store_buffers()) step.machine.store_buffers()->warp_barrier(step.warp, mask);
+    step.active = own;
+    for (Group& group : step.warp.groups) {
+        if (!waits_too(group)) continue;
+        group.wait = Wait::kNone;
+        ++group.pc;
+    }
     return Outcome::kAdvance;
 }
 
