@@ -30,13 +30,13 @@ bench: .venv/built
 check: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*csrc/*.cpp' '*csrc/*.h')
 	$(BIN)/mypy
 
 format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $(shell git ls-files '*csrc/*.cpp' '*csrc/*.h')
 
 clean:
 	rm -rf .venv build *.egg-info ep_megatron/*.so

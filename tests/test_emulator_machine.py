@@ -11,7 +11,8 @@ from tests.emulator.machine import Fault, Machine
 Array = np.ndarray[Any, Any]
 HEAD = ".version 9.0\n.target sm_90a\n.address_size 64\n"
 REGISTERS = """.reg .pred %p<8>; .reg .b16 %h<4>; .reg .b32 %r<32>; .reg .b64 %d<16>;
-.reg .f32 %f<4>; ld.param.u64 %d0, [out]; mov.u32 %r0, %tid.x; mul.wide.u32 %d1, %r0, 4; add.u64 %d1, %d1, %d0;"""
+.reg .f32 %f<4>; ld.param.u64 %d0, [out]; mov.u32 %r0, %tid.x;
+mul.wide.u32 %d1, %r0, 4; add.u64 %d1, %d1, %d0;"""
 
 
 def kernel(body: str, before: str = "", name: str = "k") -> str:
