@@ -22,7 +22,7 @@ def patterns(form: str) -> Array:
     """Return every finite value of a format as float32."""
     kind, bits = NARROW[form]
     count = 256 if bits == torch.int8 else 65536
-    every = torch.arange(count).to(bits).view(kind).float().numpy()
+    every: Array = torch.arange(count).to(bits).view(kind).float().numpy()
     return every[np.isfinite(every)]
 
 

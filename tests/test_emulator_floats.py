@@ -240,8 +240,8 @@ def test_float_to_integer(form: str) -> None:
             if value == "nan":
                 return 1 << 63 if width == 64 else 0
             if isinstance(value, str):
-                value = {"inf": most, "-inf": least, "-0": 0}[value]
-            return min(max(round_to_integer(Fraction(value), mode), least), most) & (1 << width) - 1
+                value = Fraction({"inf": most, "-inf": least, "-0": 0}[value])
+            return min(max(round_to_integer(value, mode), least), most) & (1 << width) - 1
 
         text = f"cvt.{mode}.{kind}.{form}"
         checks.append((Opcode(text, klass(width), [klass(bits)], [values]), reference))

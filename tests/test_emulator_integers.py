@@ -94,7 +94,12 @@ def test_logic(bits: int) -> None:
             check(f"popc.{kind}", 32, [bits], lambda a: a.bit_count()),
             check(f"clz.{kind}", 32, [bits], lambda a: bits - a.bit_length()),
             check(f"brev.{kind}", bits, [bits], lambda a: int(f"{a:0{bits}b}"[::-1], 2)),
-            check(f"bfi.{kind}", bits, [bits, bits, 32, 32], lambda *v: insert(*v, bits)),
+            check(
+                f"bfi.{kind}",
+                bits,
+                [bits, bits, 32, 32],
+                lambda a, b, p, n: insert(a, b, p, n, bits),
+            ),
         ]
     run_checks(checks)
 

@@ -78,7 +78,7 @@ def test_saturated_results(text: str, count: int) -> None:
     np.testing.assert_array_equal(floats(got), clipped)
 
 
-APPROXIMATE = {
+APPROXIMATE: dict[str, Any] = {
     "ex2": np.exp2,
     "lg2": np.log2,
     "rcp": lambda x: 1 / x,

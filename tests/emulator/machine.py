@@ -62,7 +62,9 @@ class Machine(_emulator.Machine):
     ) -> np.ndarray[Any, Any]:
         """Return a copy of memory as an array."""
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer(self.read(rank, address, num_bytes), dtype).reshape(shape).copy()
+        flat = np.frombuffer(self.read(rank, address, num_bytes), dtype)
+        array: np.ndarray[Any, Any] = flat.reshape(shape).copy()
+        return array
 
 
 def forms() -> list[str]:
