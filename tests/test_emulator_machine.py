@@ -181,8 +181,9 @@ def test_special_registers_in_three_dimensions() -> None:
 
 
 def test_a_branch_through_a_table() -> None:
-    body = """and.b32 %r1, %r0, 3; brx.idx %r1, targets;
+    body = """and.b32 %r1, %r0, 3;
 targets: .branchtargets a, b, c, a;
+    brx.idx %r1, targets;
 a: mov.u32 %r2, 10; bra end;
 b: mov.u32 %r2, 20; bra end;
 c: mov.u32 %r2, 30;

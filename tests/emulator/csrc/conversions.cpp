@@ -126,7 +126,9 @@ u32 narrow(float a) {
         const u32 bits = std::bit_cast<u32>(a);
         return std::isnan(a) ? Brain::kNan : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     }
-    return Format::narrow(a, kSaturate, kRounding);
+    // Cutting off digits of a finite number never gives infinity.
+    const bool stays_finite = kRounding == Rounding::kZero && std::isfinite(a);
+    return Format::narrow(a, kSaturate || stays_finite, kRounding);
 }
 // Two values in one register; the first operand becomes the upper half.
 template <auto kNarrow, int kBits>

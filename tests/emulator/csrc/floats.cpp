@@ -77,13 +77,18 @@ T saturate(T value) {
     return std::isnan(value) ? T(0) : std::fmin(std::fmax(value, T(0)), T(1));
 }
 
-// One operation in another rounding mode. Not inlined, so that nothing moves across the mode's
-// change.
+/// Hide a value from the compiler, which would otherwise compute before the mode has changed.
+template <class T>
+T opaque(T value) {
+    volatile T hidden = value;
+    return hidden;
+}
+/// One operation in another rounding mode.
 template <auto kFunction, int kMode, class... Args>
-[[gnu::noinline]] auto in_mode(Args... args) {
+auto in_mode(Args... args) {
     const int before = std::fegetround();
     std::fesetround(kMode);
-    const auto result = kFunction(args...);
+    const auto result = opaque(kFunction(opaque(args)...));
     std::fesetround(before);
     return result;
 }

@@ -28,7 +28,7 @@ Machine::Machine(int num_ranks, Options options)
     expect(num_ranks >= 1,
            "Machine: expected num_ranks to be at least 1, got " + std::to_string(num_ranks));
     copy_interval_ = u64{2} << 3 * random_.below(4);
-    drain_interval_ = u64{4} << 2 * random_.below(4);
+    drain_interval_ = u64{1} << 2 * random_.below(3);
     burst_kinds_ = 1 + random_.below(8);
     if (options.race) races_ = std::make_unique<Races>(*this, num_ranks);
     if (options.weak) store_buffers_ = std::make_unique<StoreBuffers>(*this, num_ranks);
