@@ -20,17 +20,19 @@ from ep_megatron.arguments import (
 )
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.calls import Calls
+from ep_megatron.communicator import group_of
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
-from ep_megatron.streams import EventHandle, EventOverlap
+from ep_megatron.settings import Settings
+from ep_megatron.streams import CPUStream, EventHandle, EventOverlap
 
 _Checked = TypeVar("_Checked")
 _Announce = Callable[[tuple[Rows, DispatchHandle]], None]
 LayoutResult = tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]
 
 
-class Buffer:
+class Buffer(Settings):
     """Dispatch and combine for the ranks of one process group.
 
     Collective constructor. One Buffer serves any number of layers and micro-batches at a time:
@@ -42,42 +44,59 @@ class Buffer:
     that stops raises a RuntimeError that names it on the others, within `config.timeout`.
 
     Args:
-        group: the expert-parallel ranks; any size from 1 up.
+        group: the expert-parallel ranks; any size from 1 up. None with `comm`.
         num_nvl_bytes: bytes made ready at the start; on a CPU the first size of the shared-memory
             arena, which grows when needed (0: `config.initial_bytes`).
         num_rdma_bytes: accepted; nothing here needs it yet.
         low_latency_mode: must be False; the low-latency verbs are not there yet.
         num_qps_per_rank: accepted; a setting of RDMA.
+        allow_nvlink_for_low_latency_mode: likewise.
+        allow_mnnvl: likewise.
         explicitly_destroy: accepted; `destroy` is never needed for a clean exit.
+        enable_shrink: must be False; ranks cannot be masked yet.
+        comm: a communicator like mpi4py's in place of `group`; see `communicator.group_of`.
         backend: short for `config=BufferConfig(backend=...)`.
         config: resources and limits.
 
     Raises:
         ValueError: if the backend cannot serve this group.
-        NotImplementedError: for `low_latency_mode`.
+        NotImplementedError: for `low_latency_mode` and `enable_shrink`.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
         num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
         explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
         *,
         backend: str | None = None,
         config: BufferConfig | None = None,
     ) -> None:
-        if low_latency_mode:
-            raise NotImplementedError(
-                "Buffer: expected low_latency_mode to be False, got True; the low-latency verbs "
-                "are not there yet"
-            )
+        for name, value in (
+            ("low_latency_mode", low_latency_mode),
+            ("enable_shrink", enable_shrink),
+        ):
+            if value:
+                raise NotImplementedError(
+                    f"Buffer: expected {name} to be False, got True; the low-latency verbs and "
+                    "masks are not there yet"
+                )
         self.config = backends.resolve(config, backend=backend, initial_bytes=num_nvl_bytes)
+        if group is None:
+            if comm is None:
+                raise ValueError("Buffer: expected group or comm, got neither")
+            group = group_of(comm, self.config.timeout)
         self.group = group
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
+        self.enable_shrink = enable_shrink
         self._backend: Backend = backends.choose(group, self.config)
         self._calls = Calls(self._backend)
         self.rank, self.group_size = self._backend.rank, self._backend.num_ranks
@@ -96,10 +115,16 @@ class Buffer:
         self._calls.stream.close()
         self._backend.close()
 
-    @staticmethod
-    def capture() -> EventOverlap:
-        """Return an event for the work that the current stream holds now."""
-        return EventOverlap(EventHandle())
+    def get_comm_stream(self) -> CPUStream:
+        """Return the stream that asynchronous calls of rows on a CPU run on."""
+        return self._calls.stream
+
+    def get_local_buffer_tensor(self, *_: Any, **__: Any) -> Tensor:
+        """Raise: no part of this Buffer's memory stays at one place for the caller to write."""
+        raise NotImplementedError(
+            "get_local_buffer_tensor: expected a buffer at a fixed place, got memory that is "
+            "allocated by call; pass rows to dispatch and combine, where received rows are views"
+        )
 
     def get_dispatch_layout(
         self,

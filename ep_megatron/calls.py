@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron.backends.base import Backend
+from ep_megatron.settings import Settings
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, handle_of
 
 _Sizes = TypeVar("_Sizes")
@@ -29,6 +30,7 @@ class Calls:
         self._backend = backend
         self.stream = CPUStream("ep_megatron communication", backend.interrupt)
         self._one_at_a_time = threading.Lock()
+        self._num_threads: int | None = None  # that the backend knows of
 
     def run(
         self,
@@ -73,6 +75,9 @@ class Calls:
                     except Exception as error:
                         self._tell(operation, error)
                         raise
+                    if Settings.num_sms != self._num_threads:
+                        self._num_threads = Settings.num_sms
+                        self._backend.limit_threads(self._num_threads)
                     call()
             finally:
                 if at_end is not None:

@@ -8,15 +8,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "streams", "hosts", "fp8"},
-    {"layout", "casts", "backends.base"},
+    {"config", "handle", "_cpu", "streams", "hosts", "fp8", "sizes"},
+    {"layout", "casts", "backends.base", "settings", "communicator"},
     {"arguments", "backends.meeting", "backends.casting"},
     {"backends.arrival"},
     {"backends.process_group", "backends.shared_memory", "backends.host_plan", "backends.wire"},
     {"backends.hierarchical"},
     {"backends", "calls"},
     {"buffer"},
-    {"autograd", "pipeline.exchange"},
+    {"autograd", "deep_ep", "pipeline.exchange"},
     {"experts"},
     {"megatron"},
     {"pipeline.layer"},
