@@ -25,6 +25,9 @@ FLAGS = [
     "-Wextra",
     "-Werror",
 ]
+SANITIZERS: list[str] = []
+if os.environ.get("EP_SANITIZE"):  # as in setup.py
+    SANITIZERS = [f"-fsanitize={os.environ['EP_SANITIZE']}", "-fno-omit-frame-pointer"]
 
 
 def digest_of(*parts: bytes) -> str:
@@ -36,7 +39,10 @@ def build() -> Path:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     headers = [path.read_bytes() for path in sorted(SOURCES.glob("*.h"))]
     common = digest_of(
-        " ".join(FLAGS).encode(), pybind11.__version__.encode(), suffix.encode(), *headers
+        " ".join(FLAGS + SANITIZERS).encode(),
+        pybind11.__version__.encode(),
+        suffix.encode(),
+        *headers,
     )
     sources = sorted(SOURCES.glob("*.cpp"))
     objects = {
@@ -64,12 +70,12 @@ def build() -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiles = [
-            pool.submit(make, output, [*FLAGS, *includes, "-c", str(source)])
+            pool.submit(make, output, [*FLAGS, *SANITIZERS, *includes, "-c", str(source)])
             for source, output in objects.items()
         ]
         for compiled in compiles:
             compiled.result()
-    make(target, ["-shared", *map(str, objects.values()), "-pthread"])
+    make(target, ["-shared", *SANITIZERS, *map(str, objects.values()), "-pthread"])
     return target
 
 

@@ -25,12 +25,18 @@ class Machine(_emulator.Machine):
 
     Launches are asynchronous and run in order within a (rank, stream). `synchronize` may be called
     by one thread per rank at once; it and `run` raise `Fault` for what no kernel may do, hangs
-    included. Everything less final is in `report()`, as pairs of a kind and a text.
+    included. Everything less final is in `report()`, as pairs of a kind and a text. Ask for
+    reports, counts and kernels while nothing runs.
     """
+
+    def load(self, ptx: str) -> None:
+        """Parse a module; its kernels' names must be new."""
+        super().load(ptx)
+        self.parameters = {name: entry["parameters"] for name, entry in self.kernels().items()}
 
     def pack(self, kernel: str, *arguments: int | float | bytes) -> bytes:
         """Lay out arguments as the kernel's parameter list says."""
-        parameters = self.kernels()[kernel]["parameters"]
+        parameters = self.parameters[kernel]
         if len(arguments) != len(parameters):
             raise ValueError(
                 f"pack: expected {len(parameters)} arguments for {kernel}, got {len(arguments)}"

@@ -45,7 +45,11 @@ std::unique_ptr<Machine> make_machine(
 
 py::bytes read_memory(Machine& machine, int rank, u64 address, u64 count) {
     std::string bytes(count, '\0');
-    machine.read(rank, address, reinterpret_cast<u8*>(bytes.data()), count);
+    {
+        // Whoever runs the machine may need the GIL for an intrinsic before it lets go of the lock.
+        const py::gil_scoped_release no_gil;
+        machine.read(rank, address, reinterpret_cast<u8*>(bytes.data()), count);
+    }
     return py::bytes(bytes);
 }
 
@@ -55,6 +59,7 @@ void write_memory(Machine& machine, int rank, u64 address, const py::buffer& dat
     for (py::ssize_t i = info.ndim; i-- > 0; expected *= info.shape[size_t(i)])
         if (info.strides[size_t(i)] != expected && info.shape[size_t(i)] > 1)
             throw std::invalid_argument("write: expected contiguous data");
+    const py::gil_scoped_release no_gil;
     machine.write(rank, address, static_cast<const u8*>(info.ptr), u64(info.size * info.itemsize));
 }
 
@@ -128,7 +133,7 @@ void on_call(Machine& machine, const std::string& name, py::function function) {
             const py::gil_scoped_acquire gil;
             delete f;
         });
-    machine.set_intrinsic(name, [shared](Call& call) {
+    Intrinsic intrinsic = [shared](Call& call) {
         const py::gil_scoped_acquire gil;
         for_lanes(call.lanes, [&](int lane) {
             py::tuple arguments(call.arguments.size());
@@ -137,7 +142,9 @@ void on_call(Machine& machine, const std::string& name, py::function function) {
             const py::object result = (*shared)(call.rank, lane, arguments);
             if (!result.is_none()) call.result[size_t(lane)] = result.cast<u64>();
         });
-    });
+    };
+    const py::gil_scoped_release no_gil;
+    machine.set_intrinsic(name, std::move(intrinsic));
 }
 
 }  // namespace
@@ -167,9 +174,11 @@ PYBIND11_MODULE(_emulator, m) {
             "launch",
             [](Machine& machine, int rank, const std::string& kernel, const Dimensions& grid,
                const Dimensions& block, u32 shared_bytes, const py::bytes& parameters, int stream) {
-                const std::string_view bytes(parameters);
+                const std::string_view view(parameters);
+                std::vector<u8> bytes(view.begin(), view.end());
+                const py::gil_scoped_release no_gil;
                 machine.launch(rank, kernel, to_dimensions(grid), to_dimensions(block),
-                               shared_bytes, std::vector<u8>(bytes.begin(), bytes.end()), stream);
+                               shared_bytes, std::move(bytes), stream);
             },
             py::arg("rank"), py::arg("kernel"), py::arg("grid"), py::arg("block"),
             py::arg("shared_bytes"), py::arg("params"), py::arg("stream") = 0)
