@@ -12,7 +12,7 @@ from ep_megatron import Buffer, BufferConfig, DispatchHandle
 from ep_megatron.backends import HOST_ID_VARIABLE
 from ep_megatron.hosts import Hosts
 from tests.ranks import run_on_ranks
-from tests.routing import CASES, Case
+from tests.routing import CASES, Case, expected_rows
 from tests.test_dispatch import DTYPES, HANDLE_NUMBERS, HANDLE_TENSORS, bits, buffer_of, send
 from tests.test_gradients import CASES as GRADIENT_CASES
 from tests.test_gradients import check_gradients_of
@@ -159,6 +159,26 @@ def check_float32_between_hosts(rank: int, layout: str, case: Case) -> None:
             assert_same_bits(ours, expected_sum(layout, handle, y, bias, torch.float32))
 
 
+def check_groups_apart(rank: int) -> None:
+    """Two groups of two ranks, on two hosts each, at the same time."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    host_id = "A" if rank < 2 else "B"
+    config = BufferConfig(backend="hierarchical", timeout=30, host_id=host_id)
+    buffer = Buffer(groups[rank % 2], config=config)
+    case, index = Case("apart", (9 + rank % 2, 5)), rank // 2
+    for expand in (False, True):
+        recv_x, _, _, handle = send(buffer, case, index, expand, torch.float64)
+        rows = expected_rows(case, index, expand).rows
+        assert len(rows) == len(recv_x)
+        for at, row in enumerate(rows):
+            assert row is not None
+            assert torch.equal(recv_x[at], case.x(row[0], torch.float64)[row[1]])
+        if expand:
+            num_used = (case.topk_idx(index) >= 0).sum(1, keepdim=True)
+            combined = buffer.combine(recv_x, handle)[0]
+            torch.testing.assert_close(combined, case.x(index, torch.float64) * num_used)
+
+
 def check_choice(rank: int, layout: str, expected: str) -> None:
     assert dist.group.WORLD is not None
     buffer = Buffer(dist.group.WORLD, config=BufferConfig(timeout=30, host_id=layout[rank]))
@@ -209,6 +229,10 @@ def test_gradients_are_those_of_a_dense_layer(layout: str, case: Case) -> None:
 )
 def test_auto_takes_what_fits_the_hosts(layout: str, backend: str) -> None:
     run_on_ranks(3, check_choice, layout, backend)
+
+
+def test_groups_of_some_ranks_do_not_meet() -> None:
+    run_on_ranks(4, check_groups_apart)
 
 
 def test_every_rank_has_one_gateway_on_every_other_host() -> None:
