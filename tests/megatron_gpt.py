@@ -214,11 +214,11 @@ def train(layout: Layout, case: Case) -> list[float]:
 
 
 @contextlib.contextmanager
-def with_plugin(backend: str = "auto") -> Iterator[None]:
+def with_plugin(backend: str = "auto", **options: Any) -> Iterator[None]:
     """Megatron with "deepep" for one `with` block."""
     from ep_megatron.megatron import plugin
 
-    plugin.install(backend)
+    plugin.install(backend, **options)
     try:
         yield
     finally:

@@ -33,7 +33,6 @@ class Shape:
     options: dict[str, Any] = field(default_factory=dict)
     is_ragged: bool = False
     is_tied: bool = False
-    is_dense_first: bool = False
 
 
 def config_of(shape: Shape, layout: Layout, **more: Any) -> Any:
@@ -50,8 +49,6 @@ def config_of(shape: Shape, layout: Layout, **more: Any) -> Any:
         "attention_softmax_in_fp32": False,
         "variable_seq_lengths": shape.is_ragged,
     }
-    if shape.is_dense_first:
-        options["moe_layer_freq"] = [0] + [1] * (shape.num_layers - 1)
     case = GptCase("deepep", options | shape.options | more, shape.dtype)
     return make_config(case, layout)
 
@@ -209,15 +206,19 @@ def whole_model(
 
 
 @contextlib.contextmanager
-def pipeline_ranks(name: str, layout: Layout) -> Iterator[None]:
-    """Megatron's process groups for a schedule, with our dispatcher and without CUDA."""
+def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[None]:
+    """Megatron's process groups for a schedule, with our dispatcher and without CUDA.
+
+    Rows and gradients travel to the experts as `wire` says.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     from ep_megatron.megatron import host
 
-    with host.without_cuda(), torch.compiler.set_stance("force_eager"), with_plugin():
+    plugin = with_plugin(dispatch_dtype=wire, combine_grad_dtype=wire)
+    with host.without_cuda(), torch.compiler.set_stance("force_eager"), plugin:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,

@@ -57,6 +57,7 @@ class Case:
     layout: Layout
     runs: tuple[Run, ...]
     shape: Shape = field(default_factory=Shape)
+    wire: str = "bf16"
 
 
 LATE = {"launch_early": False}
@@ -98,10 +99,11 @@ CASES = {
         (Run("dualpipev"), Run("interleaved-overlap"), Run("zb1p")),
         Shape(num_layers=4, options=TOP_1, is_ragged=True),
     ),
-    "deepseek's router, experts computed again": Case(
+    "deepseek's router, experts computed again, fp8": Case(
         EP2,
         (Run("dualpipev"), Run("zbv")),
-        Shape(torch.float32, 4, options=DEEPSEEK | EXPERTS_AGAIN),
+        Shape(torch.float32, 4, options=DEEPSEEK | EXPERTS_AGAIN | {"hidden_size": 32}),
+        wire="mxfp8",
     ),
 }
 
@@ -124,7 +126,7 @@ def _compare(rank: int, case: Case) -> int:
     references: dict[bool, Any] = {}
     compared = 0
     for run in case.runs:
-        with pipeline_ranks(run.name, layout):
+        with pipeline_ranks(run.name, layout, case.wire):
             data_rank = parallel_state.get_expert_model_parallel_rank()
             is_two_way = run.name == "dualpipe"
             if is_two_way not in references:

@@ -188,8 +188,8 @@ class _Builder:
             dispatcher.num_experts,
             dispatcher.expert_alignment,
             index,
-            getattr(dispatcher, "dispatch_fp8", None),
-            getattr(dispatcher, "combine_grad_fp8", None),
+            dispatcher.dispatch_fp8,
+            dispatcher.combine_grad_fp8,
         )
 
     def _enter(self, hidden: Tensor | None = None) -> Tensor:
