@@ -300,7 +300,7 @@ def run_schedule(
     """One step of a schedule over `chunks`; the losses reported here."""
     from ep_megatron.pipeline.forward_backward import get_forward_backward_func
 
-    reported = get_forward_backward_func(name, timeout=60.0, **settings)(
+    reported = get_forward_backward_func(name, timeout=120.0, **settings)(
         forward_step_func=forward_step,
         data_iterator=[microbatches(shape, data_rank) for _ in chunks],
         model=chunks,

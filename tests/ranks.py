@@ -65,6 +65,6 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
 
 def _answer(pipe: Connection) -> tuple[Any, str | None]:
     try:
-        return pipe.recv() if pipe.poll(120) else (None, "no answer within 120 s")
+        return pipe.recv() if pipe.poll(300) else (None, "no answer within 300 s")
     except EOFError:
         return None, "the process ended"
