@@ -11,7 +11,7 @@ from torch import Tensor
 from ep_megatron import fp8
 from ep_megatron.backends.base import DTYPES, Routing, Rows
 from ep_megatron.fp8 import Fp8Recipe
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle, CapacityHandle, DispatchHandle
 
 SUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_ROWS = (1 << 31) - 1  # addresses are int32
@@ -114,17 +114,21 @@ def dispatch_rows(
     operation: str,
     x: Tensor | tuple[Tensor, Tensor],
     topk_weights: Tensor | None,
-    routing: Routing | DispatchHandle,
+    routing: Routing | AnyHandle,
     num_ranks: int,
     recipe: Fp8Recipe | None = None,
     widen_to: torch.dtype | None = None,
-) -> tuple[Rows, Routing | DispatchHandle]:
+) -> tuple[Rows, Routing | AnyHandle]:
     """Check everything that a fresh or cached dispatch takes, without reading it."""
     data, scales = x if isinstance(x, tuple) else (x, None)
     if isinstance(routing, Routing):
         topk_idx = check_topk_idx(operation, routing.topk_idx, routing.num_experts, num_ranks)
         check_alignment(operation, routing.expert_alignment)
         num_tokens, num_topk = topk_idx.shape
+        worst = routing.num_worst_tokens
+        if not 0 <= worst <= MAX_ROWS or (worst and routing.expand):
+            expected = f"from 0 to {MAX_ROWS}" + (", and 0 with expand" if routing.expand else "")
+            raise _error(operation, "num_worst_tokens", expected, str(worst))
         if isinstance(data, Tensor) and topk_idx.device != data.device:
             raise _error(operation, "topk_idx", f"on {data.device} like x", str(topk_idx.device))
     else:
@@ -171,7 +175,7 @@ def combine_rows(
     x: Tensor,
     topk_weights: Tensor | None,
     biases: Sequence[Tensor],
-    handle: DispatchHandle,
+    handle: AnyHandle,
     num_ranks: int,
 ) -> tuple[Rows, Sequence[Tensor]]:
     """Check everything that combine takes, without reading it."""
@@ -195,9 +199,9 @@ def combine_rows(
     return Rows(x, topk_weights=topk_weights), biases
 
 
-def check_handle(operation: str, handle: DispatchHandle, num_ranks: int) -> None:
+def check_handle(operation: str, handle: AnyHandle, num_ranks: int) -> None:
     """Raise unless `handle` can be one of this group's."""
-    if not isinstance(handle, DispatchHandle):
+    if not isinstance(handle, DispatchHandle | CapacityHandle):
         raise _error(operation, "handle", "a DispatchHandle", type(handle).__name__)
     if handle.num_ranks != num_ranks:
         raise _error(

@@ -23,12 +23,11 @@ from ep_megatron.calls import Calls
 from ep_megatron.communicator import group_of
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import Fp8Recipe
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle
 from ep_megatron.settings import Settings
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap
 
 _Checked = TypeVar("_Checked")
-_Announce = Callable[[tuple[Rows, DispatchHandle]], None]
 LayoutResult = tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]
 
 
@@ -171,7 +170,7 @@ class Buffer(Settings):
     def dispatch(
         self,
         x: Tensor | tuple[Tensor, Tensor],
-        handle: DispatchHandle | None = None,
+        handle: AnyHandle | None = None,
         num_tokens_per_rank: Tensor | None = None,
         num_tokens_per_rdma_rank: Tensor | None = None,
         is_token_in_rank: Tensor | None = None,
@@ -194,7 +193,7 @@ class Buffer(Settings):
         Tensor | None,
         Tensor | None,
         list[int] | None,
-        DispatchHandle | None,
+        Any,
         EventOverlap,
     ]:
         """Send every token to the ranks that hold its experts.
@@ -215,7 +214,11 @@ class Buffer(Settings):
             topk_idx: `[T, K]` int64 or int32, -1 where a slot is unused; required without `handle`.
             topk_weights: `[T, K]` float32 or float64; travels with the rows.
             expert_alignment: counts (and with `expand` blocks of rows) are rounded up to it.
-            num_worst_tokens: must be 0; a fixed capacity is not there yet.
+            num_worst_tokens: rows of every received tensor, the same on all ranks; nobody waits for
+                counts then, the list is empty, and those behind the rows that came have
+                `recv_topk_idx` -1 and weights 0. The counts are tensors of the handle, a
+                `CapacityHandle`. More rows than these raise a ValueError on every rank. 0 for as
+                many rows as come.
             config: accepted; the protocol has no chunk sizes to tune.
             previous_event: waited for first.
             async_finish: whether to queue the call and return an event.
@@ -243,50 +246,42 @@ class Buffer(Settings):
         Raises:
             ValueError: on every rank, if an argument of one is not as above or ranks disagree.
             RuntimeError: if a rank stopped or did not come in time.
-            NotImplementedError: for `num_worst_tokens`.
         """
-        if num_worst_tokens:
-            raise NotImplementedError(
-                "dispatch: expected num_worst_tokens to be 0, got "
-                f"{num_worst_tokens}; a fixed capacity is not there yet"
-            )
         if handle is not None:
             return self._dispatch_again(
                 x, topk_idx, topk_weights, handle, previous_event, async_finish, fp8, widen_to
             )
 
-        def check() -> tuple[Rows, Routing | DispatchHandle]:
+        def check() -> tuple[Rows, Routing | AnyHandle]:
             experts = num_experts
             if experts is None and num_tokens_per_expert is not None:
                 experts = len(num_tokens_per_expert)
             if topk_idx is None or experts is None:
                 missing = "topk_idx" if topk_idx is None else "num_tokens_per_expert"
                 raise ValueError(f"dispatch: expected {missing} or a handle, got None")
-            routing = Routing(topk_idx, experts, expand, expert_alignment)
+            routing = Routing(topk_idx, experts, expand, expert_alignment, num_worst_tokens)
             return dispatch_rows(
                 "dispatch", x, topk_weights, routing, self.group_size, fp8, widen_to
             )
 
         rows, routing = self._checked("dispatch", check, async_finish)
         assert isinstance(routing, Routing)
-        fresh: Routing = routing
-
-        def call(announce: _Announce | None) -> tuple[Rows, DispatchHandle]:
-            tell = None if announce is None else lambda *planned: announce(planned)
-            return self._backend.dispatch(rows, fresh, tell)
-
-        (received, new_handle), event = self._calls.begin(
-            "dispatch",
-            call,
-            inputs=(*rows.tensors(), fresh.topk_idx),
-            previous_event=previous_event,
-            async_finish=async_finish,
-        )
+        new_handle: AnyHandle
+        if num_worst_tokens:
+            received, new_handle, event = self._calls.dispatch_within(
+                rows, routing, previous_event, async_finish
+            )
+            counts = []
+        else:
+            received, new_handle, event = self._calls.dispatch(
+                rows, routing, previous_event, async_finish
+            )
+            counts = list(new_handle.num_recv_tokens_per_expert)
         return (
             _with_scales(received),
             received.topk_idx,
             received.topk_weights,
-            list(new_handle.num_recv_tokens_per_expert),
+            counts,
             new_handle,
             event,
         )
@@ -294,7 +289,7 @@ class Buffer(Settings):
     def combine(
         self,
         x: Tensor,
-        handle: DispatchHandle,
+        handle: AnyHandle,
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, ...] | None = None,
         config: Any = None,
@@ -335,22 +330,14 @@ class Buffer(Settings):
             lambda: combine_rows("combine", x, topk_weights, biases, handle, self.group_size),
             async_finish,
         )
-        combined = self._backend.new_combined(rows, handle)
-        event = self._calls.run(
-            "combine",
-            lambda: self._backend.combine(rows, handle, checked_biases, combined),
-            inputs=(*rows.tensors(), *checked_biases),
-            previous_event=previous_event,
-            async_finish=async_finish,
-        )
-        return *combined, event
+        return self._calls.combine(rows, handle, checked_biases, previous_event, async_finish)
 
     def _dispatch_again(
         self,
         x: Tensor | tuple[Tensor, Tensor],
         topk_idx: Tensor | None,
         topk_weights: Tensor | None,
-        handle: DispatchHandle,
+        handle: AnyHandle,
         previous_event: EventOverlap | EventHandle | None,
         async_finish: bool,
         fp8: Fp8Recipe | None,
@@ -358,7 +345,7 @@ class Buffer(Settings):
     ) -> tuple[Any, None, Tensor | None, None, None, EventOverlap]:
         operation = "cached dispatch"
 
-        def check() -> tuple[Rows, Routing | DispatchHandle]:
+        def check() -> tuple[Rows, Routing | AnyHandle]:
             if topk_idx is not None:
                 raise ValueError(
                     "cached dispatch: expected topk_idx to be None, got a tensor; the handle "
@@ -367,16 +354,7 @@ class Buffer(Settings):
             return dispatch_rows(operation, x, topk_weights, handle, self.group_size, fp8, widen_to)
 
         rows, _ = self._checked(operation, check, async_finish)
-        received = self._backend.new_received(rows, handle) if async_finish else None
-        result: list[Rows] = [] if received is None else [received.rows]
-        event = self._calls.run(
-            operation,
-            lambda: result.append(self._backend.dispatch_again(rows, handle, received)),
-            inputs=rows.tensors(),
-            previous_event=previous_event,
-            async_finish=async_finish,
-        )
-        arrived = result[0]
+        arrived, event = self._calls.dispatch_again(rows, handle, previous_event, async_finish)
         return _with_scales(arrived), None, arrived.topk_weights, None, None, event
 
     def _checked(

@@ -7,16 +7,21 @@ for, and what one call needs of the ranks never interleaves with another.
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ep_megatron.backends.base import Backend
+from ep_megatron.backends.base import Backend, Received, Routing, Rows
+from ep_megatron.backends.casting import copy_rows
+from ep_megatron.handle import AnyHandle, CapacityHandle, DispatchHandle, exact
 from ep_megatron.settings import Settings
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, handle_of
 
 _Sizes = TypeVar("_Sizes")
+_Announce = Callable[[tuple[Rows, DispatchHandle]], None]
+Event = EventHandle | EventOverlap | None
 
 
 class Calls:
@@ -38,9 +43,10 @@ class Calls:
         call: Callable[[], object],
         *,
         inputs: Sequence[Tensor | None] = (),
-        previous_event: EventHandle | EventOverlap | None = None,
+        previous_event: Event = None,
         async_finish: bool = False,
         at_end: Callable[[], None] | None = None,
+        at_start: Callable[[], object] | None = None,
     ) -> EventOverlap:
         """Run `call`, or queue it and return its event at once.
 
@@ -52,6 +58,7 @@ class Calls:
                 this call, hear of it.
             async_finish: whether to queue.
             at_end: called last, whether or not there was an error.
+            at_start: called behind `previous_event`; an error is treated alike.
         """
         wait_for = handle_of(previous_event)
         mode, device = torch.is_inference_mode_enabled(), _device_of(inputs)
@@ -61,6 +68,8 @@ class Calls:
         def prepare() -> None:
             if wait_for is not None:
                 wait_for.current_stream_wait()
+            if at_start is not None:
+                at_start()
             if any(s.nbytes() < size for s, size in zip(held, sizes, strict=True)):
                 raise ValueError(
                     f"{operation}: expected the inputs to keep their memory until the event is "
@@ -95,7 +104,7 @@ class Calls:
         operation: str,
         call: Callable[[], object],
         like: Tensor,
-        previous_event: EventHandle | EventOverlap | None,
+        previous_event: Event,
         async_finish: bool,
     ) -> EventOverlap:
         """Run `call`, which no other rank takes part in, or queue it where `like` is on a CPU."""
@@ -117,7 +126,7 @@ class Calls:
         call: Callable[[Callable[[_Sizes], None] | None], _Sizes],
         *,
         inputs: Sequence[Tensor | None],
-        previous_event: EventHandle | EventOverlap | None,
+        previous_event: Event,
         async_finish: bool,
     ) -> tuple[_Sizes, EventOverlap]:
         """Run a call whose result has sizes that only the other ranks know; see `run`.
@@ -152,6 +161,108 @@ class Calls:
             event.current_stream_wait()  # raises what kept it from a result
         return result[0], event
 
+    def dispatch(
+        self, rows: Rows, routing: Routing, previous_event: Event, async_finish: bool
+    ) -> tuple[Rows, DispatchHandle, EventOverlap]:
+        """Run a fresh dispatch; returns once its counts are known."""
+
+        def call(announce: _Announce | None) -> tuple[Rows, DispatchHandle]:
+            tell = None if announce is None else lambda *planned: announce(planned)
+            return self._backend.dispatch(rows, routing, tell)
+
+        (received, handle), event = self.begin(
+            "dispatch",
+            call,
+            inputs=(*rows.tensors(), routing.topk_idx),
+            previous_event=previous_event,
+            async_finish=async_finish,
+        )
+        return received, handle, event
+
+    def dispatch_within(
+        self, rows: Rows, routing: Routing, previous_event: Event, async_finish: bool
+    ) -> tuple[Rows, CapacityHandle, EventOverlap]:
+        """Run a fresh dispatch into `num_worst_tokens` rows, whose counts nobody waits for."""
+        capacity, topk_idx = routing.num_worst_tokens, routing.topk_idx
+        ranks = self._backend.rank, self._backend.num_ranks
+        handle = CapacityHandle(topk_idx, routing.num_experts, ranks, capacity)
+        received = _new_received(rows, capacity, handle.num_topk)
+        idx = topk_idx.new_full((capacity, handle.num_topk), -1)
+        received = replace(received, topk_idx=idx)
+
+        def call() -> None:
+            arrived, exact_handle = self._backend.dispatch(rows, routing)
+            handle.settle(exact_handle)
+            copy_rows(received, arrived)
+
+        event = self.run(
+            "dispatch",
+            call,
+            inputs=(*rows.tensors(), topk_idx),
+            previous_event=previous_event,
+            async_finish=async_finish,
+        )
+        return received, handle, event
+
+    def dispatch_again(
+        self, rows: Rows, handle: AnyHandle, previous_event: Event, async_finish: bool
+    ) -> tuple[Rows, EventOverlap]:
+        """Run a cached dispatch; its outputs are filled later if `async_finish`."""
+        received: Received | None = None
+        if isinstance(handle, CapacityHandle):
+            arrived = [_new_received(rows, handle.num_worst_tokens, handle.num_topk)]
+        else:
+            if async_finish:
+                received = self._backend.new_received(rows, handle)
+            arrived = [] if received is None else [received.rows]
+
+        def call() -> None:
+            new = self._backend.dispatch_again(rows, exact(handle), received)
+            if isinstance(handle, CapacityHandle):
+                copy_rows(arrived[0], new)
+            else:
+                arrived.append(new)
+
+        event = self.run(
+            "cached dispatch",
+            call,
+            inputs=rows.tensors(),
+            previous_event=previous_event,
+            async_finish=async_finish,
+            at_start=lambda: exact(handle),
+        )
+        return arrived[0], event
+
+    def combine(
+        self,
+        rows: Rows,
+        handle: AnyHandle,
+        biases: Sequence[Tensor],
+        previous_event: Event,
+        async_finish: bool,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Run a combine; its outputs are filled later if `async_finish`."""
+        combined = self._backend.new_combined(rows, handle)
+
+        def call() -> None:
+            exact_handle = exact(handle)
+            num_rows, weights = exact_handle.num_recv_rows, rows.topk_weights
+            there = rows
+            if num_rows != len(rows.x):
+                weights = None if weights is None else weights[:num_rows]
+                there = replace(rows, x=rows.x[:num_rows], topk_weights=weights)
+            self._backend.combine(there, exact_handle, biases, combined)
+
+        event = self.run(
+            "combine",
+            call,
+            inputs=(*rows.tensors(), *biases),
+            previous_event=previous_event,
+            async_finish=async_finish,
+            at_start=lambda: exact(handle),
+        )
+        return *combined, event
+
     def fail(self, operation: str, error: str, async_finish: bool) -> None:
         """Tell the other ranks, in turn, that this one cannot take part in this call."""
         self.run(operation, lambda: self._backend.fail(operation, error), async_finish=async_finish)
@@ -166,3 +277,10 @@ class Calls:
 
 def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
     return next((t.device for t in tensors if t is not None), torch.device("cpu"))
+
+
+def _new_received(rows: Rows, capacity: int, num_topk: int) -> Rows:
+    weights = rows.topk_weights
+    if weights is not None:
+        weights = weights.new_zeros(capacity, num_topk)
+    return Rows(*rows.new_arrived(capacity), weights)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -100,3 +101,74 @@ class DispatchHandle:
     def num_local_experts(self) -> int:
         """Experts on each rank."""
         return self.num_experts // self.num_ranks
+
+
+class CapacityHandle:
+    """The handle of a dispatch with `num_worst_tokens`: known before any count is.
+
+    Its three tensors are filled once the dispatch's event is complete, like the rows. To be used
+    with calls of the same Buffer, which run behind the dispatch.
+
+    Attributes:
+        rank: see `DispatchHandle`, as all that has no description here.
+        num_worst_tokens: rows of every tensor that arrives, and that `combine` takes.
+        num_recv_rows_tensor: `[1]` int32, the rows that are there; those behind mean nothing.
+        num_recv_tokens_per_expert: `[L]` int32, rows per local expert, rounded up.
+        has_overflowed: `[1]` bool, whether more rows than `num_worst_tokens` came to some rank; the
+            dispatch then raised on every rank.
+    """
+
+    def __init__(
+        self, topk_idx: Tensor, num_experts: int, ranks: tuple[int, int], num_worst_tokens: int
+    ) -> None:
+        self.rank, self.num_ranks = ranks
+        self.num_tokens, self.num_topk = topk_idx.shape
+        self.num_experts, self.num_worst_tokens = num_experts, num_worst_tokens
+        self.expand = False
+        self.num_recv_rows_tensor = topk_idx.new_zeros(1, dtype=torch.int32)
+        self.num_recv_tokens_per_expert = topk_idx.new_zeros(
+            num_experts // self.num_ranks, dtype=torch.int32
+        )
+        self.has_overflowed = topk_idx.new_zeros(1, dtype=torch.bool)
+        self._settled: DispatchHandle | None = None
+
+    @property
+    def num_recv_rows(self) -> int:
+        """Rows of tensors, `num_worst_tokens`."""
+        return self.num_worst_tokens
+
+    def settle(self, handle: DispatchHandle) -> None:
+        """Take over the numbers of the dispatch; raise if they exceed the capacity.
+
+        Raises:
+            ValueError: on every rank alike, as all know all numbers.
+        """
+        most = max(handle.num_rows_per_rank)
+        if most > self.num_worst_tokens:
+            self.has_overflowed.fill_(True)
+            raise ValueError(
+                f"dispatch: expected at most num_worst_tokens = {self.num_worst_tokens} rows on a "
+                f"rank, got {most} on rank {handle.num_rows_per_rank.index(most)}; raise it"
+            )
+        self.num_recv_rows_tensor.fill_(handle.num_recv_rows)
+        counts = torch.tensor(handle.num_recv_tokens_per_expert, dtype=torch.int32)
+        self.num_recv_tokens_per_expert.copy_(counts)
+        self._settled = handle
+
+    def settled(self) -> DispatchHandle:
+        """Return the exact handle, once the dispatch is complete.
+
+        Raises:
+            ValueError: if it is not, or failed.
+        """
+        if self._settled is None:
+            raise ValueError("expected handle to be of a complete dispatch, got one that failed")
+        return self._settled
+
+
+AnyHandle = DispatchHandle | CapacityHandle
+
+
+def exact(handle: AnyHandle) -> DispatchHandle:
+    """Return a handle with all numbers; see `CapacityHandle.settled`."""
+    return handle if isinstance(handle, DispatchHandle) else handle.settled()

@@ -192,8 +192,8 @@ def check_handles(rank: int, backend: str) -> None:
 
 def check_not_there(rank: int) -> None:
     buffer = buffer_of("shared_memory")
-    with pytest.raises(NotImplementedError, match="num_worst_tokens"):
-        buffer.dispatch(**arguments(rank), num_worst_tokens=64)
+    with pytest.raises(NotImplementedError, match="enable_shrink"):
+        Buffer(buffer.group, enable_shrink=True)
     with pytest.raises(NotImplementedError, match="low_latency_mode"):
         Buffer(buffer.group, low_latency_mode=True)
 

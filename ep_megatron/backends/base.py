@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron.fp8 import Fp8Recipe
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle, DispatchHandle
 
 DTYPES = (
     None,
@@ -229,7 +229,7 @@ class Backend(Protocol):
     ) -> Rows:
         """Send other rows along the routing of an earlier dispatch, into `received` if given."""
 
-    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+    def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """Return tensors for what `combine` will return. Local, reads nothing."""
 
     def combine(

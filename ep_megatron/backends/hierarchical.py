@@ -25,7 +25,7 @@ from ep_megatron.backends.meeting import Gathering, PartOfMeeting
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
 from ep_megatron.backends.wire import Message, Status, Transfer, Wire
 from ep_megatron.config import BufferConfig
-from ep_megatron.handle import DispatchHandle, HostHop
+from ep_megatron.handle import AnyHandle, DispatchHandle, HostHop
 from ep_megatron.hosts import Hosts
 
 # Marks ranks that are numbered in the whole group, in a text that else numbers them in the host.
@@ -104,7 +104,7 @@ class HierarchicalBackend:
         )
         return self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
 
-    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+    def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
         return self._inside.new_combined(rows, handle)
 

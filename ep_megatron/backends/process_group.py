@@ -17,7 +17,7 @@ from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
 from ep_megatron.backends.meeting import Meeting
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
     count_tokens,
     deduplicated_routes,
@@ -90,7 +90,7 @@ class ProcessGroupBackend:
         self._deliver(rows, handle, received.rows)
         return received.rows
 
-    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+    def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
         weights = rows.topk_weights
         if weights is not None:

@@ -30,7 +30,7 @@ from ep_megatron.backends.base import (
 from ep_megatron.backends.casting import copy_rows
 from ep_megatron.backends.meeting import Gathering
 from ep_megatron.config import MIB, BufferConfig
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle, DispatchHandle
 
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
 _MIN_ARENA_BYTES = MIB
@@ -184,7 +184,7 @@ class SharedMemoryBackend:
         self._settle(target, views, rows.widen_to)
         return target
 
-    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+    def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
         x, weights = rows.x, rows.topk_weights
         out_weights = None
