@@ -33,6 +33,7 @@ FIELDS = {
     "min_ms",
     "max_ms",
     "link_bytes",
+    "dispatch_bytes",
 }
 
 

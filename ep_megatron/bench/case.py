@@ -1,11 +1,16 @@
 """What is measured: sizes, routing, and one row of the result."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ep_megatron.fp8 import FP8, MXFP8, Fp8Recipe
+
+# What the benchmark casts by; exponents of MXFP8 travel packed, one byte each.
+FP8_RECIPES = {"fp8": FP8, "mxfp8": replace(MXFP8, scales="packed_ue8m0")}
 
 Step = Callable[[], Any]
 DIRECTIONS = ("forward", "forward_backward")
@@ -47,9 +52,16 @@ class Case:
             total += int(hits.scatter_(1, destinations, True).sum())
         return total
 
-    def payload_bytes(self) -> int:
-        """Bytes that all ranks send one way, a token once per destination rank."""
-        return self.num_copies() * self.hidden * 2
+    def payload_bytes(self, recipe: Fp8Recipe | None = None) -> int:
+        """Bytes that all ranks send one way, a token once per destination rank.
+
+        Args:
+            recipe: of rows that travel as FP8, scales included; bfloat16 without.
+        """
+        row_bytes = self.hidden * 2
+        if recipe is not None:
+            row_bytes = self.hidden + 4 * recipe.num_scales(self.hidden)
+        return self.num_copies() * row_bytes
 
 
 # Makes the steps of one implementation, by direction, for one case and rank.
@@ -60,6 +72,8 @@ Maker = Callable[[Case, int], dict[str, Step]]
 class Result:
     """Wall time of one step on all ranks, over all samples.
 
+    `payload_bytes` are those of bfloat16 rows one way, `dispatch_bytes` those that a dispatch of
+    this implementation sends: fewer with FP8, scales counted.
     `link_bytes` left both hosts in one step, headers included; 0 where all ranks are on one host.
     """
 
@@ -76,6 +90,7 @@ class Result:
     min_ms: float
     max_ms: float
     link_bytes: int = 0
+    dispatch_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` writes."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron.bench import megatron_layer, own, peers
-from ep_megatron.bench.case import Case, Maker, Result, Step
+from ep_megatron.bench.case import FP8_RECIPES, Case, Maker, Result, Step
 from ep_megatron.bench.two_hosts import LinkMeter
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _MAKERS: dict[str, Maker] = {
     "shared_memory": own.exchange("shared_memory", expand=False),
     "shared_memory_expand": own.exchange("shared_memory", expand=True),
+    **{
+        f"shared_memory_{name}": own.exchange("shared_memory", expand=False, fp8=recipe)
+        for name, recipe in FP8_RECIPES.items()
+    },
     "dispatcher": megatron_layer.layer("deepep"),
     "process_group": own.exchange("process_group", expand=False),
     "hierarchical": own.exchange("hierarchical", expand=False),
@@ -108,6 +112,7 @@ def _measure_case(
                 num_topk=case.num_topk,
                 num_experts=case.num_experts,
                 payload_bytes=payload_bytes,
+                dispatch_bytes=case.payload_bytes(FP8_RECIPES.get(name.rpartition("_")[2])),
                 num_samples=num_samples,
                 median_ms=statistics.median(milliseconds),
                 min_ms=min(milliseconds),

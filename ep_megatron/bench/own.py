@@ -6,6 +6,7 @@ from torch import Tensor
 from ep_megatron.bench.case import Case, Maker, Step
 from ep_megatron.buffer import Buffer
 from ep_megatron.config import BufferConfig
+from ep_megatron.fp8 import Fp8Recipe
 
 _buffers: dict[str, Buffer] = {}
 
@@ -18,8 +19,10 @@ def buffer_of(backend: str) -> Buffer:
     return _buffers[backend]
 
 
-def exchange(backend: str, expand: bool) -> Maker:
+def exchange(backend: str, expand: bool, fp8: Fp8Recipe | None = None) -> Maker:
     """Return a maker of steps: dispatch with weights, then combine; backward the two again.
+
+    With `fp8` what dispatch sends, forwards and backwards, is cast, and widened where it arrives.
 
     The received rows are combined as they came: what experts would cost is left out for all
     implementations alike.
@@ -29,6 +32,7 @@ def exchange(backend: str, expand: bool) -> Maker:
         buffer = buffer_of(backend)
         x, topk_idx = case.x(rank), case.topk_idx(rank)
         topk_weights = case.topk_weights(rank)
+        widen_to = None if fp8 is None else x.dtype
 
         def forward() -> tuple[Tensor, object, Tensor]:
             recv_x, _, recv_weights, _, handle, _ = buffer.dispatch(
@@ -37,6 +41,8 @@ def exchange(backend: str, expand: bool) -> Maker:
                 topk_weights=topk_weights,
                 num_experts=case.num_experts,
                 expand=expand,
+                fp8=fp8,
+                widen_to=widen_to,
             )
             assert isinstance(recv_x, Tensor)
             assert handle is not None
@@ -46,7 +52,7 @@ def exchange(backend: str, expand: bool) -> Maker:
 
         def forward_backward() -> None:
             combined, handle, recv_weights = forward()
-            grad_rows = buffer.dispatch(combined, handle)[0]  # type: ignore[arg-type]
+            grad_rows = buffer.dispatch(combined, handle, fp8=fp8, widen_to=widen_to)[0]  # type: ignore[arg-type]
             assert isinstance(grad_rows, Tensor)
             buffer.combine(grad_rows, handle, topk_weights=recv_weights)  # type: ignore[arg-type]
 
