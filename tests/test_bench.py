@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from ep_megatron.bench import own, peers
-from ep_megatron.bench.case import Case
+from ep_megatron.bench.case import FP8_RECIPES, Case
 from ep_megatron.bench.table import print_table
 from ep_megatron.bench.two_hosts import HostsUnavailableError, two_hosts
 from tests.ranks import run_on_ranks
@@ -41,16 +41,17 @@ def check_sums(rank: int) -> None:
     """Gloo's packed rows and our own give the same sums: a token times its destinations."""
     num_rows = torch.zeros(CASE.num_tokens, 2, dtype=torch.bool)
     num_rows.scatter_(1, CASE.topk_idx(rank) // 4, True)
-    for make, expand in (
-        (peers.gloo, False),
-        (own.exchange("shared_memory", False), False),
-        (own.exchange("shared_memory", True), True),
+    for make, expand, error in (
+        (peers.gloo, False, 2**-7),
+        (own.exchange("shared_memory", False), False, 2**-7),
+        (own.exchange("shared_memory", True), True, 2**-7),
+        (own.exchange("shared_memory", False, FP8_RECIPES["mxfp8"]), False, 2**-3),
     ):
         result = make(CASE, rank)["forward"]()
         combined = result if isinstance(result, torch.Tensor) else result[0]
         counts = torch.full((CASE.num_tokens,), CASE.num_topk) if expand else num_rows.sum(1)
         expected = CASE.x(rank).float() * counts[:, None]
-        torch.testing.assert_close(combined.float(), expected, rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(combined.float(), expected, rtol=error, atol=error**2)
     dist.barrier()
 
 
@@ -60,6 +61,8 @@ def check_payload(rank: int) -> None:
     total += sum(len(set(row.tolist())) for row in seen)
     dist.all_reduce(total)
     assert CASE.payload_bytes() == int(total) * CASE.hidden * 2
+    assert CASE.payload_bytes(FP8_RECIPES["fp8"]) == int(total) * (CASE.hidden + 4)
+    assert CASE.payload_bytes(FP8_RECIPES["mxfp8"]) == int(total) * (CASE.hidden + 4)
 
 
 def test_implementations_give_the_same_sums() -> None:
