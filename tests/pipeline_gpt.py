@@ -21,6 +21,7 @@ from tests.megatron_gpt import Layout, make_config, with_plugin
 
 VOCABULARY, SEQUENCE, BATCH = 64, 8, 2
 NUM_LAYERS = 8
+WAIT = 120.0  # seconds for another stage
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def run_schedule(
     """One step of a schedule over `chunks`; the losses reported here."""
     from ep_megatron.pipeline.forward_backward import get_forward_backward_func
 
-    reported = get_forward_backward_func(name, timeout=120.0, **settings)(
+    reported = get_forward_backward_func(name, timeout=WAIT, **settings)(
         forward_step_func=forward_step,
         data_iterator=[microbatches(shape, data_rank) for _ in chunks],
         model=chunks,

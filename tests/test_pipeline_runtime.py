@@ -20,6 +20,7 @@ from tests.megatron_gpt import Layout
 from tests.pipeline_gpt import (
     BATCH,
     SEQUENCE,
+    WAIT,
     Shape,
     build_chunks,
     forward_step,
@@ -185,7 +186,7 @@ def _recorded(rank: int, folder: str, shape: Shape) -> Any:
         expert = parallel_state.get_expert_model_parallel_rank()
         pipeline = parallel_state.get_pipeline_model_parallel_rank()
         chunks = build_chunks("dualpipev", shape, layout)
-        function = get_forward_backward_func("dualpipev", timeout=60.0)
+        function = get_forward_backward_func("dualpipev", timeout=WAIT)  # that of run_schedule
         with function.recorded(pipeline) as recorder:
             run_schedule("dualpipev", shape, chunks, expert)
         spans = tuple(recorder.spans)
