@@ -91,6 +91,8 @@ class Wire:
         self._in_flight: list[Any] = []
         self._num_calls = 0
         self._capacity = _HEADER.size + max(MAX_ERROR_BYTES, 4 * (MAX_EXPERTS + 2 * self.num_ranks))
+        # Nobody leaves, and perhaps drops its connections, before all are connected.
+        self.agree("Buffer", Call(operation=0, dtype=0, hidden=0))
 
     def agree(
         self, operation: str, call: Call | None, counts: Tensor | None = None, error: str = ""
