@@ -126,9 +126,8 @@ def dispatch_rows(
         check_alignment(operation, routing.expert_alignment)
         num_tokens, num_topk = topk_idx.shape
         worst = routing.num_worst_tokens
-        if not 0 <= worst <= MAX_ROWS or (worst and routing.expand):
-            expected = f"from 0 to {MAX_ROWS}" + (", and 0 with expand" if routing.expand else "")
-            raise _error(operation, "num_worst_tokens", expected, str(worst))
+        if not 0 <= worst <= MAX_ROWS:
+            raise _error(operation, "num_worst_tokens", f"from 0 to {MAX_ROWS}", str(worst))
         if isinstance(data, Tensor) and topk_idx.device != data.device:
             raise _error(operation, "topk_idx", f"on {data.device} like x", str(topk_idx.device))
     else:

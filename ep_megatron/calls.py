@@ -185,10 +185,11 @@ class Calls:
         """Run a fresh dispatch into `num_worst_tokens` rows, whose counts nobody waits for."""
         capacity, topk_idx = routing.num_worst_tokens, routing.topk_idx
         ranks = self._backend.rank, self._backend.num_ranks
-        handle = CapacityHandle(topk_idx, routing.num_experts, ranks, capacity)
-        received = _new_received(rows, capacity, handle.num_topk)
-        idx = topk_idx.new_full((capacity, handle.num_topk), -1)
-        received = replace(received, topk_idx=idx)
+        handle = CapacityHandle(topk_idx, routing.num_experts, ranks, capacity, routing.expand)
+        received = _new_received(rows, handle)
+        if not routing.expand:
+            idx = topk_idx.new_full((capacity, handle.num_topk), -1)
+            received = replace(received, topk_idx=idx)
 
         def call() -> None:
             arrived, exact_handle = self._backend.dispatch(rows, routing)
@@ -210,7 +211,7 @@ class Calls:
         """Run a cached dispatch; its outputs are filled later if `async_finish`."""
         received: Received | None = None
         if isinstance(handle, CapacityHandle):
-            arrived = [_new_received(rows, handle.num_worst_tokens, handle.num_topk)]
+            arrived = [_new_received(rows, handle)]
         else:
             if async_finish:
                 received = self._backend.new_received(rows, handle)
@@ -279,8 +280,9 @@ def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
     return next((t.device for t in tensors if t is not None), torch.device("cpu"))
 
 
-def _new_received(rows: Rows, capacity: int, num_topk: int) -> Rows:
-    weights = rows.topk_weights
+def _new_received(rows: Rows, handle: CapacityHandle) -> Rows:
+    capacity, weights = handle.num_worst_tokens, rows.topk_weights
     if weights is not None:
-        weights = weights.new_zeros(capacity, num_topk)
+        columns = () if handle.expand else (handle.num_topk,)
+        weights = weights.new_zeros(capacity, *columns)
     return Rows(*rows.new_arrived(capacity), weights)

@@ -21,6 +21,7 @@ import torch
 import ep_megatron
 from ep_megatron import fp8
 from ep_megatron.buffer import Buffer
+from ep_megatron.elastic import ElasticBuffer, EPHandle
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.sizes import Config
 from ep_megatron.streams import EventHandle, EventOverlap
@@ -55,6 +56,8 @@ _MODULES: dict[str, dict[str, Any]] = {
     "deep_ep": {
         "Buffer": Buffer,
         "Config": Config,
+        "ElasticBuffer": ElasticBuffer,
+        "EPHandle": EPHandle,
         "DispatchHandle": DispatchHandle,
         "topk_idx_t": topk_idx_t,
         "__version__": f"0+ep_megatron.{ep_megatron.__version__}",
@@ -62,6 +65,7 @@ _MODULES: dict[str, dict[str, Any]] = {
     },
     "deep_ep.buffer": {"Buffer": Buffer},
     "deep_ep.buffers": {},
+    "deep_ep.buffers.elastic": {"ElasticBuffer": ElasticBuffer, "EPHandle": EPHandle},
     "deep_ep.buffers.legacy": {"Buffer": Buffer},
     "deep_ep.utils": _EVENTS,
     "deep_ep.utils.event": _EVENTS,

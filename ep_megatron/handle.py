@@ -119,12 +119,17 @@ class CapacityHandle:
     """
 
     def __init__(
-        self, topk_idx: Tensor, num_experts: int, ranks: tuple[int, int], num_worst_tokens: int
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        ranks: tuple[int, int],
+        num_worst_tokens: int,
+        expand: bool,
     ) -> None:
         self.rank, self.num_ranks = ranks
         self.num_tokens, self.num_topk = topk_idx.shape
         self.num_experts, self.num_worst_tokens = num_experts, num_worst_tokens
-        self.expand = False
+        self.expand = expand
         self.num_recv_rows_tensor = topk_idx.new_zeros(1, dtype=torch.int32)
         self.num_recv_tokens_per_expert = topk_idx.new_zeros(
             num_experts // self.num_ranks, dtype=torch.int32

@@ -162,6 +162,23 @@ def low_latency_size_hint(
     return (total + _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT
 
 
+def elastic_size_hint(
+    num_ranks: int, num_max_tokens_per_rank: int, hidden: int, num_topk: int, is_fp8: bool
+) -> int:
+    """Return the bytes of DeepEP's `ElasticBuffer` among ranks that reach each other's memory.
+
+    A record of every token of every rank for dispatch (row, scales of 32 columns with FP8,
+    routing), or of every token and contributing rank for combine; rounded up to 2 MiB.
+    """
+    row_bytes = _round_up(hidden if is_fp8 else 2 * hidden, 32)
+    scale_bytes = _round_up(4 * (-(-hidden // 32)), 32) if is_fp8 else 0
+    dispatched = row_bytes + scale_bytes + _round_up(8 * num_topk + 4 * (1 + num_topk), 32)
+    combined = _round_up(2 * hidden, 32) + _round_up(8 * num_topk, 32)
+    tokens = num_max_tokens_per_rank
+    num_bytes = max(num_ranks * dispatched, min(num_ranks, num_topk) * combined) * tokens
+    return _round_up(num_bytes, 2 << 20)
+
+
 def _bytes_beside_row() -> int:
     weights, scales = _MAX_TOPK * _WEIGHT_BYTES, _MAX_SCALES * _SCALE_BYTES
     return _SOURCE_BYTES + _MAX_TOPK * _TOPK_IDX_BYTES + weights + scales

@@ -264,6 +264,22 @@ class EventHandle:
             torch.cuda.current_stream().wait_event(self._event)
 
 
+class _AllOf(EventHandle):
+    """Complete when all of some events are."""
+
+    def __init__(self, handles: list[EventHandle]) -> None:
+        self._handles = handles
+
+    def query(self) -> bool:
+        """Return whether all are complete."""
+        return all(handle.query() for handle in self._handles)
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for each, in order."""
+        for handle in self._handles:
+            handle.current_stream_wait()
+
+
 class EventOverlap:
     """An event, with the tensors that must stay alive until somebody has waited for it.
 
@@ -334,6 +350,12 @@ class EventOverlap:
 def handle_of(event: EventHandle | EventOverlap | None) -> EventHandle | None:
     """Return the event to wait for, or None: callers pass on what a synchronous call returned."""
     return event.event if isinstance(event, EventOverlap) else event
+
+
+def after_all(*events: EventHandle | EventOverlap | None) -> EventHandle | None:
+    """Return an event that is complete when all of these are; None if there is none."""
+    handles = [handle for handle in map(handle_of, events) if handle is not None]
+    return _AllOf(handles) if handles else None
 
 
 def _nothing() -> None:

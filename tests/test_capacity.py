@@ -90,8 +90,6 @@ def check_arguments(rank: int, backend: str) -> None:
     buffer = buffer_of(backend)
     with pytest.raises(ValueError, match="expected num_worst_tokens to be the same on all ranks"):
         within(buffer, rank, num_worst_tokens=CAPACITY + rank)
-    with pytest.raises(ValueError, match=r"expected num_worst_tokens to be from 0 to .* with exp"):
-        within(buffer, rank, expand=True)
     with pytest.raises(ValueError, match=r"expected num_worst_tokens to be from 0 to .*, got -1"):
         within(buffer, rank, num_worst_tokens=-1)
     handle = within(buffer, rank)[4]
