@@ -4,17 +4,21 @@ BIN := .venv/bin
 CONFIG ?= examples/tiny_deepseek.yaml
 RESUME ?=
 ARGS ?=
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell git ls-files '*csrc/*.cpp' '*csrc/*.h' '*csrc/*.cu' '*csrc/*.cuh')
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: pretrain test bench check format clean
 
 # The package list is installed when it changes, the extension is built when a source changes.
-.venv/packages: requirements-dev.txt
+.venv/packages: requirements-dev.txt requirements-cuda.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	command -v nvcc > /dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cuda.txt \
+	  || echo "no CUDA compiler: ep_megatron._cuda will not be built, and its tests skipped"
 	touch $@
 
-.venv/built: .venv/packages setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+.venv/built: .venv/packages setup.py pyproject.toml $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -30,13 +34,13 @@ bench: .venv/built
 check: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*csrc/*.cpp' '*csrc/*.h')
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files '*csrc/*.cpp' '*csrc/*.h')
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf .venv build *.egg-info ep_megatron/*.so

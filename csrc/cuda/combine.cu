@@ -1,0 +1,210 @@
+// Pull: every rank reads its tokens' rows where they are and sums them, in the nested order of the
+// CPU backends: the biases, then rank after rank, each rank's rows in slot order first; one
+// rounding. Rows that peers cannot reach are staged into the arena before. Nothing here waits:
+// ep_notify_kernel, before on the same stream, has seen that all rows are there.
+#include "cuda/protocol.h"
+#include "cuda/rows.cuh"
+
+namespace ep::cuda {
+namespace {
+
+constexpr int kUnroll = 2;  // 16-byte pieces of a row that a lane sums at once
+
+/// One piece of a row, or of a sum.
+template <class D>
+struct Piece {
+    Lanes<D> lanes[kUnroll];
+
+    __device__ __forceinline__ void set(const uint4 (&bits)[kUnroll]) {
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) lanes[i].set(bits[i]);
+    }
+    __device__ __forceinline__ void operator+=(const Piece& other) {
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) lanes[i] += other.lanes[i];
+    }
+};
+
+/// A token's rows: lane k holds the address of the k-th.
+struct Addends {
+    const char* row;
+    int num_rows;
+    unsigned group_starts;  // bit k: row k is the first from its rank
+};
+
+__device__ __forceinline__ void load_piece(const char* row,
+                                           int at,
+                                           int num_bytes,
+                                           uint4 (&bits)[kUnroll]) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+        bits[i] = make_uint4(0, 0, 0, 0);
+        if (at + i * kStepBytes < num_bytes) bits[i] = load_16(row + at + i * kStepBytes);
+    }
+}
+
+/// Sum the biases and rows of one piece; at least two of them in all.
+template <class D>
+__device__ __forceinline__ void sum_piece(const Addends& addends,
+                                          const char* bias_0,
+                                          const char* bias_1,
+                                          int at,
+                                          int num_bytes,
+                                          Piece<D>& total) {
+    uint4 bits[kUnroll], next[kUnroll];
+    Piece<D> row, partial;
+    bool has_total = bias_0 != nullptr;
+    if (addends.num_rows > 0) load_piece(from_lane(addends.row, 0), at, num_bytes, next);
+    if (bias_0 != nullptr) {
+        load_piece(bias_0, at, num_bytes, bits);
+        total.set(bits);
+    }
+    if (bias_1 != nullptr) {
+        load_piece(bias_1, at, num_bytes, bits);
+        row.set(bits);
+        total += row;
+    }
+    for (int k = 0; k < addends.num_rows; ++k) {
+        row.set(next);
+        // The next row is on its way while this one is added.
+        if (k + 1 < addends.num_rows)
+            load_piece(from_lane(addends.row, k + 1), at, num_bytes, next);
+        if ((addends.group_starts >> k & 1) == 0) {
+            partial += row;
+            continue;
+        }
+        if (k > 0) {
+            if (has_total)
+                total += partial;
+            else
+                total = partial;
+            has_total = true;
+        }
+        partial = row;
+    }
+    if (addends.num_rows == 0) return;
+    if (has_total)
+        total += partial;
+    else
+        total = partial;
+}
+
+template <class D>
+__device__ __forceinline__ void sum_token(const CombineArgs& args,
+                                          const Addends& addends,
+                                          int64_t token) {
+    const int64_t offset = token * args.row_bytes;
+    const char* bias_0 = args.bias_0 == nullptr ? nullptr : args.bias_0 + offset;
+    const char* bias_1 = args.bias_1 == nullptr ? nullptr : args.bias_1 + offset;
+    const int num_addends = addends.num_rows + (bias_0 != nullptr) + (bias_1 != nullptr);
+    const char* only = bias_0 != nullptr ? bias_0 : from_lane(addends.row, 0);
+    char* out = args.out + offset;
+    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
+    for (int step = 0; step < args.row_bytes; step += kUnroll * kStepBytes) {
+        const int at = step + lane_at;
+        uint4 bits[kUnroll];
+        if (num_addends == 0) {
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) bits[i] = make_uint4(0, 0, 0, 0);
+        } else if (num_addends == 1) {  // its bits, a NaN's payload included
+            load_piece(only, at, args.row_bytes, bits);
+        } else {
+            Piece<D> total;
+            sum_piece<D>(addends, bias_0, bias_1, at, args.row_bytes, total);
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) bits[i] = total.lanes[i].round();
+        }
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (at + i * kStepBytes < args.row_bytes) store_16(out + at + i * kStepBytes, bits[i]);
+    }
+}
+
+/// Weights come back likewise, lane k for slot k; in their own dtype.
+template <class Weight>
+__device__ __forceinline__ void sum_weights(
+    const CombineArgs& args, int num_rows, int rank, int row, int slot, int64_t token) {
+    const int lane = threadIdx.x % kWarpSize;
+    Weight total{0};
+    for (int k = 0; k < num_rows; ++k) {
+        const int from_rank = from_lane(rank, k), from_row = from_lane(row, k);
+        const int from_slot = from_lane(slot, k);
+        const auto* weights = reinterpret_cast<const Weight*>(args.from_weights[from_rank]);
+        if (args.expand) {
+            if (lane == from_slot) total = weights[from_row];
+        } else if (lane < args.num_topk) {
+            const Weight value = weights[static_cast<int64_t>(from_row) * args.num_topk + lane];
+            total = k == 0 ? value : total + value;  // -0.0 must survive
+        }
+    }
+    if (lane < args.num_topk)
+        reinterpret_cast<Weight*>(args.out_weights)[token * args.num_topk + lane] = total;
+}
+
+template <class D>
+__device__ __forceinline__ void combine(const CombineArgs& args) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    const int64_t plane = args.num_tokens * args.num_topk;
+    for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
+        const int64_t at = token * args.num_topk + lane;
+        int rank = -1, row = 0, slot = 0;
+        if (lane < args.num_topk) rank = args.routes[at];
+        if (rank >= 0) {
+            row = args.routes[plane + at];
+            slot = args.routes[2 * plane + at];
+        }
+        Addends addends;
+        addends.num_rows = __popc(__ballot_sync(kAllLanes, rank >= 0));
+        const int rank_before = __shfl_up_sync(kAllLanes, rank, 1);
+        addends.group_starts = __ballot_sync(kAllLanes, lane == 0 || rank != rank_before);
+        addends.row = nullptr;
+        if (rank >= 0) addends.row = args.from_x[rank] + static_cast<int64_t>(row) * args.row_bytes;
+        sum_token<D>(args, addends, token);
+        if (args.weight_bytes == 4)
+            sum_weights<float>(args, addends.num_rows, rank, row, slot, token);
+        if (args.weight_bytes == 8)
+            sum_weights<double>(args, addends.num_rows, rank, row, slot, token);
+    }
+}
+
+}  // namespace
+
+#define EP_ROW_KERNEL extern "C" __global__ void __launch_bounds__(kRowWarps* kWarpSize)
+
+EP_ROW_KERNEL ep_stage_kernel(const __grid_constant__ StageArgs args) {
+    constexpr int kLoads = 4;
+    const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int64_t at = thread * kLaneBytes; at < args.num_row_bytes;
+         at += kLoads * num_threads * kLaneBytes) {
+        uint4 values[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+            if (at + i * num_threads * kLaneBytes < args.num_row_bytes)
+                values[i] = load_16(args.rows + at + i * num_threads * kLaneBytes);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+            if (at + i * num_threads * kLaneBytes < args.num_row_bytes)
+                store_16(args.to_rows + at + i * num_threads * kLaneBytes, values[i]);
+    }
+    for (int64_t at = thread * 4; at < args.num_weight_bytes; at += num_threads * 4)
+        *reinterpret_cast<uint32_t*>(args.to_weights + at) =
+            *reinterpret_cast<const uint32_t*>(args.weights + at);
+}
+
+EP_ROW_KERNEL ep_combine_bfloat16_kernel(const __grid_constant__ CombineArgs args) {
+    combine<BFloat16>(args);
+}
+EP_ROW_KERNEL ep_combine_float16_kernel(const __grid_constant__ CombineArgs args) {
+    combine<Float16>(args);
+}
+EP_ROW_KERNEL ep_combine_float32_kernel(const __grid_constant__ CombineArgs args) {
+    combine<Float32>(args);
+}
+EP_ROW_KERNEL ep_combine_float64_kernel(const __grid_constant__ CombineArgs args) {
+    combine<Float64>(args);
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,201 @@
+#pragma once
+// What ranks tell each other on GPUs, and what every kernel is called with. Read by host and
+// device.
+//
+// The protocol is that of csrc/cpu/control.h. Calls are numbered 1, 2, 3 ... (an epoch). In a call
+// every rank *posts* (what it does, its counts, where its rows are) into every peer's memory and
+// raises its `posted` flag there; when its rows are written, or read, it raises `arrived` likewise.
+// All kernels of a rank run on one stream, so it posts call n+1 after everything of call n, and a
+// rank has finished call n only after all have posted n. Hence two places per post, taken in turn.
+#include <cstddef>
+#include <cstdint>
+
+namespace ep::cuda {
+
+// Limits, checked by the plans in launch.cpp.
+constexpr int kMaxRanks = 72;      // one NVLink domain
+constexpr int kMaxExperts = 1024;  // on all ranks together
+constexpr int kMaxTopk = 32;       // a warp looks at a token's slots at once
+constexpr int kMaxHidden = 16384;
+constexpr int64_t kMaxSlots = 2147483647;  // addresses of rows are int32
+
+constexpr int kWarpSize = 32;
+constexpr int kScanWarps = 8;         // of a block of the count and route kernels
+constexpr int kNotifyThreads = 1024;  // one per expert
+constexpr int kArriveThreads = 96;    // one per rank
+constexpr int kRowWarps = 16;         // of a block of the kernels that move rows
+constexpr int kCastBlock = 128;       // columns that share a scale
+constexpr int kNumCallFields = 16;
+constexpr int kErrorBytes = 256;
+
+/// Why a rank may not go on with a call.
+enum PostKind : uint32_t {
+    kTakesPart,
+    kBadArguments,  // `error` says which
+    kBadIndex,      // topk_idx holds `error_value`
+    kNeedsRoom,     // the arena must grow by `rows_bytes` first; no error
+};
+
+/// One rank's word on one call.
+struct alignas(16) PostHead {
+    int64_t call[kNumCallFields];
+    uint64_t rows_place;     // dispatch: where rows may be written; combine: where they are
+    uint64_t rows_bytes;     // dispatch: how many fit there
+    uint64_t weights_place;  // combine: where weights are
+    int64_t error_value;
+    uint32_t kind;  // PostKind
+    uint32_t epoch;
+    uint64_t unused;
+    char error[kErrorBytes];
+};
+
+struct alignas(16) Post {
+    PostHead head;
+    int32_t per_rank[kMaxRanks];      // this rank's tokens by destination
+    int32_t per_expert[kMaxExperts];  // this rank's slots by expert
+};
+
+/// The part of a rank's memory that its peers' notify and arrive kernels write. Zeroed once.
+/// posted[s], arrived[s]: written by rank s alone (release, system scope), read by the owner
+/// (acquire, system scope), never reset: epochs only grow and are compared by difference.
+/// posts[n % 2][s]: written by rank s before it raises posted[s] to n.
+struct alignas(16) Control {
+    uint32_t posted[kMaxRanks];
+    uint32_t arrived[kMaxRanks];
+    Post posts[2][kMaxRanks];
+};
+
+enum ReportStatus : uint32_t { kAgreed = 1, kDisagreed = 2, kTimedOut = 3 };
+
+/// Mapped host memory: what notify tells the host. Written by one kernel at a time, which the host
+/// has waited for before it launches the next.
+struct alignas(16) Report {
+    uint32_t epoch;            // written last (release, system scope): the rest is of this call
+    uint32_t status;           // ReportStatus
+    uint32_t seen[kMaxRanks];  // last epoch that each rank has posted
+    PostHead heads[kMaxRanks];
+    int32_t per_rank[kMaxRanks * kMaxRanks];  // [source][destination], rows of num_ranks
+    int64_t per_expert[kMaxExperts];          // slots of all ranks
+};
+
+/// Mapped host memory: who waited for whom when rows did not arrive in time.
+struct alignas(16) ArriveError {
+    uint32_t epoch;  // of the call; 0: none. Written last (release, system scope)
+    uint32_t unused;
+    uint32_t seen[kMaxRanks];
+};
+
+/// Arguments of the count and route kernels. T tokens, K slots, E experts, R ranks, B blocks.
+struct ScanArgs {
+    const void* topk_idx;  // [T, K] int32 or int64
+    int64_t num_tokens;
+    int32_t num_topk;
+    int32_t topk_shift;  // 1 << topk_shift lanes look at one token
+    int32_t is_int64;
+    int32_t num_experts;
+    int32_t num_ranks;
+    int32_t experts_per_rank;
+    int32_t expand;
+    int32_t unused;
+    // [B, E + R]: count writes each block's counts, notify turns them into sums over the blocks
+    // before, route reads those.
+    int32_t* block_counts;
+    uint32_t* block_bad;        // [B] first slot that holds no expert and not -1, or ~0
+    const int32_t* key_starts;  // [E] (expand) or [R]: row of this rank's first token; by notify
+    const uint32_t* is_agreed;  // by notify
+    int32_t* routes;            // [3, T, K]: rank, row, slot; see DispatchHandle
+};
+
+struct NotifyArgs {
+    Control* control[kMaxRanks];  // of every rank
+    int32_t rank;
+    int32_t num_ranks;
+    uint32_t epoch;
+    int32_t has_counts;  // a fresh dispatch; the rest of this part only then
+    int32_t num_experts;
+    int32_t experts_per_rank;
+    int32_t expand;
+    int32_t is_int64;
+    int64_t alignment;
+    int64_t num_blocks;  // B
+    int32_t* block_counts;
+    const uint32_t* block_bad;
+    const void* topk_idx;
+    int32_t* key_starts;
+    uint32_t* is_agreed;
+    Report* report;
+    uint64_t timeout_ns;
+    PostHead head;
+};
+
+struct ArriveArgs {
+    Control* control[kMaxRanks];
+    int32_t rank;
+    int32_t num_ranks;
+    uint32_t epoch;
+    int32_t waits;  // else the flag is only raised
+    uint64_t timeout_ns;
+    ArriveError* error;
+};
+
+struct DispatchArgs {
+    const char* x;          // [T, row_bytes]
+    const char* scales;     // [T, scale_bytes] beside rows quantised by the caller, or null
+    const char* weights;    // [T, K] or null
+    const void* topk_idx;   // [T, K]; only by rank, and where weights or indices travel
+    const int32_t* routes;  // [3, T, K]
+    const int32_t* valid;   // [L] rows of each local expert before padding; expand only
+    int64_t num_tokens;
+    int64_t alignment;
+    int32_t num_topk;
+    int32_t row_bytes;      // of x as it is
+    int32_t out_row_bytes;  // of x as it arrives
+    int32_t scale_bytes;    // per row as it arrives, 0 for none
+    int32_t weight_bytes;   // of one weight: 0, 4 or 8
+    int32_t idx_bytes;      // of one index as it arrives: 0, 4 or 8
+    int32_t is_int64;       // topk_idx
+    int32_t expand;
+    int32_t experts_per_rank;
+    int32_t is_ue8m0;  // scales of the cast are powers of two
+    int32_t rank;
+    int32_t unused;
+    char* to_x[kMaxRanks];  // where each rank's parts start
+    char* to_scales[kMaxRanks];
+    char* to_weights[kMaxRanks];
+    char* to_idx[kMaxRanks];
+};
+
+struct StageArgs {
+    const char* rows;  // num_row_bytes, a multiple of 16
+    char* to_rows;
+    const char* weights;  // num_weight_bytes, a multiple of 4
+    char* to_weights;
+    int64_t num_row_bytes;
+    int64_t num_weight_bytes;
+};
+
+struct CombineArgs {
+    const int32_t* routes;  // [3, T, K]
+    int64_t num_tokens;
+    int32_t num_topk;
+    int32_t row_bytes;
+    int32_t weight_bytes;  // 0, 4 or 8
+    int32_t expand;
+    const char* bias_0;  // [T, row_bytes] or null; bias_1 only beside bias_0
+    const char* bias_1;
+    char* out;          // [T, row_bytes]
+    char* out_weights;  // [T, K]
+    const char* from_x[kMaxRanks];
+    const char* from_weights[kMaxRanks];
+};
+
+struct CastArgs {
+    const char* x;  // [T, hidden]
+    char* data;     // [T, hidden] e4m3
+    float* scales;  // [T, hidden / 128]
+    int64_t num_tokens;
+    int32_t hidden;
+    int32_t is_ue8m0;
+};
+
+}  // namespace ep::cuda
