@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-BACKENDS = ("auto", "shared_memory", "hierarchical", "process_group")
+BACKENDS = ("auto", "shared_memory", "hierarchical", "process_group", "cuda")
 MIB = 1 << 20
 
 
@@ -14,14 +14,17 @@ class BufferConfig:
     Attributes:
         backend: how rows travel: `"shared_memory"` (CPU ranks of one host), `"hierarchical"` (CPU
             ranks of several hosts), `"process_group"` (`torch.distributed`, any device, any number
-            of hosts) or `"auto"`, which takes shared memory when all ranks are CPU ranks of one
-            host, hierarchical when they are CPU ranks of several hosts and some host has more than
-            one, and logs what it took.
+            of hosts), `"cuda"` (GPUs of one host, linked by NVLink; only when asked for) or
+            `"auto"`, which takes shared memory when all ranks are CPU ranks of one host,
+            hierarchical when they are CPU ranks of several hosts and some host has more than one,
+            and logs what it took.
         timeout: seconds a rank waits for the others inside one call before it raises.
         num_threads: threads that move rows on a CPU; None takes the cores this process may use,
             divided by the ranks on this host, at most four.
         initial_bytes: bytes of shared memory made ready (allocated and faulted in) at the start;
             growing later costs about a second per gigabyte.
+        num_sms: most streaming multiprocessors that a kernel of the CUDA backend takes; fewer leave
+            more to the computation beside it.
         max_bytes: most bytes of shared memory this rank may allocate for rows; None takes 80 % of
             what is free on the file system, divided by the ranks on this host.
         max_view_bytes: most bytes that may live in tensors handed out as views of shared memory;
@@ -40,6 +43,7 @@ class BufferConfig:
     timeout: float = 100.0
     num_threads: int | None = None
     initial_bytes: int = 16 * MIB
+    num_sms: int = 24
     max_bytes: int | None = None
     max_view_bytes: int | None = None
     streaming_bytes: int | None = None
@@ -57,6 +61,7 @@ class BufferConfig:
             "at least 1",
             self.num_threads,
         )
+        _require(self.num_sms >= 1, "num_sms", "at least 1", self.num_sms)
         for name in ("initial_bytes", "max_bytes", "max_view_bytes", "streaming_bytes"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "a number of bytes >= 0", value)

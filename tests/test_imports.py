@@ -8,12 +8,19 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "streams", "hosts", "fp8", "sizes"},
+    {"config", "handle", "_cpu", "_cuda", "streams", "hosts", "fp8", "sizes", "backends.device"},
     {"layout", "casts", "backends.base", "settings", "communicator"},
-    {"arguments", "backends.meeting", "backends.casting"},
-    {"backends.arrival"},
-    {"backends.process_group", "backends.shared_memory", "backends.host_plan", "backends.wire"},
-    {"backends.hierarchical"},
+    {"arguments", "backends.meeting", "backends.casting", "backends.gpu"},
+    {"backends.arrival", "backends.device_arena"},
+    {
+        "backends.process_group",
+        "backends.shared_memory",
+        "backends.host_plan",
+        "backends.wire",
+        "backends.device_meeting",
+        "backends.device_rows",
+    },
+    {"backends.hierarchical", "backends.cuda"},
     {"backends", "calls"},
     {"buffer"},
     {"autograd", "elastic", "pipeline.exchange"},

@@ -74,6 +74,22 @@ class Fields {
     py::class_<Args> class_;
 };
 
+/// Put in what `scan` counts, so that it is exchanged and routes can be made of it.
+void set_counts(NotifyArgs& args, const ScanArgs& scan, int64_t num_blocks, int64_t alignment) {
+    if (scan.num_ranks < 1) throw std::invalid_argument("notify: expected a scan with ranks");
+    args.has_counts = 1;
+    args.num_experts = scan.num_experts;
+    args.experts_per_rank = scan.num_experts / scan.num_ranks;
+    args.expand = scan.expand;
+    args.is_int64 = scan.is_int64;
+    args.alignment = alignment;
+    args.num_blocks = num_blocks;
+    args.block_counts = scan.block_counts;
+    args.block_bad = scan.block_bad;
+    args.topk_idx = scan.topk_idx;
+    args.key_starts = const_cast<int32_t*>(scan.key_starts);
+}
+
 void set_head(NotifyArgs& args,
               const std::vector<int64_t>& call,
               uint32_t kind,
@@ -174,20 +190,11 @@ void bind_args(py::module_& m) {
         .add("rank", &NotifyArgs::rank)
         .add("num_ranks", &NotifyArgs::num_ranks)
         .add("epoch", &NotifyArgs::epoch)
-        .add("has_counts", &NotifyArgs::has_counts)
-        .add("num_experts", &NotifyArgs::num_experts)
-        .add("experts_per_rank", &NotifyArgs::experts_per_rank)
-        .add("expand", &NotifyArgs::expand)
-        .add("is_int64", &NotifyArgs::is_int64)
-        .add("alignment", &NotifyArgs::alignment)
-        .add("num_blocks", &NotifyArgs::num_blocks)
-        .add("block_counts", &NotifyArgs::block_counts)
-        .add("block_bad", &NotifyArgs::block_bad)
-        .add("topk_idx", &NotifyArgs::topk_idx)
-        .add("key_starts", &NotifyArgs::key_starts)
         .add("is_agreed", &NotifyArgs::is_agreed)
         .add("report", &NotifyArgs::report)
         .add("timeout_ns", &NotifyArgs::timeout_ns);
+    notify.python_class().def("set_counts", &set_counts, py::arg("scan"), py::kw_only(),
+                              py::arg("num_blocks"), py::arg("alignment"));
     notify.python_class().def("set_head", &set_head, py::kw_only(), py::arg("call"),
                               py::arg("kind"), py::arg("error"), py::arg("rows_place"),
                               py::arg("rows_bytes"), py::arg("weights_place"));
@@ -337,7 +344,7 @@ void bind_device(py::module_& m) {
     py::class_<Device>(m, "Device")
         .def(py::init<int>(), py::arg("ordinal"))
         .def_property_readonly("num_sms", &Device::num_sms)
-        .def("allocate", &Device::allocate, py::arg("num_bytes"))
+        .def("allocate", &Device::allocate, py::arg("num_bytes"), py::arg("is_zeroed"))
         .def("free", &Device::free, py::arg("address"))
         .def("export_memory",
              [](Device& device, uintptr_t address) {

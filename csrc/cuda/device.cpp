@@ -75,12 +75,14 @@ Device::Device(int ordinal) : ordinal_(ordinal) {
 
 void Device::use() const { check(cudaSetDevice(ordinal_), "to use the GPU"); }
 
-uintptr_t Device::allocate(size_t num_bytes) {
+uintptr_t Device::allocate(size_t num_bytes, bool is_zeroed) {
     use();
     void* memory = nullptr;
     check(cudaMalloc(&memory, num_bytes), "room for a buffer on the GPU");
-    check(cudaMemset(memory, 0, num_bytes), "to clear a buffer");
-    check(cudaDeviceSynchronize(), "to clear a buffer");
+    if (is_zeroed) {
+        check(cudaMemset(memory, 0, num_bytes), "to clear a buffer");
+        check(cudaDeviceSynchronize(), "to clear a buffer");
+    }
     return reinterpret_cast<uintptr_t>(memory);
 }
 

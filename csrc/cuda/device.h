@@ -18,8 +18,8 @@ class Device {
 
     int num_sms() const { return num_sms_; }
 
-    /// Zeroed memory of this GPU, aligned to 256 bytes.
-    uintptr_t allocate(size_t num_bytes);
+    /// Memory of this GPU, aligned to 256 bytes.
+    uintptr_t allocate(size_t num_bytes, bool is_zeroed);
     void free(uintptr_t address);
 
     /// What another process of this host needs to reach memory of allocate().

@@ -26,7 +26,7 @@ constexpr int kArriveThreads = 96;    // one per rank
 constexpr int kRowWarps = 16;         // of a block of the kernels that move rows
 constexpr int kCastBlock = 128;       // columns that share a scale
 constexpr int kNumCallFields = 16;
-constexpr int kErrorBytes = 256;
+constexpr int kErrorBytes = 512;
 
 /// Why a rank may not go on with a call.
 enum PostKind : uint32_t {

@@ -54,11 +54,38 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
         from ep_megatron.backends.hierarchical import HierarchicalBackend
 
         made = HierarchicalBackend(meeting, config, hosts)
+    elif backend == "cuda":
+        made = _cuda_backend(meeting, config)
     else:
         made = ProcessGroupBackend(group, config.timeout)
     if made.rank == 0:
         logger.info("Buffer: %d ranks, backend %s (%s)", made.num_ranks, backend, reason)
     return made
+
+
+def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:
+    """Make the CUDA backend on this rank's current GPU, or raise the same error on every rank."""
+    device, problem = None, ""
+    try:
+        import torch
+
+        from ep_megatron.backends.gpu import GpuDevice
+
+        device = GpuDevice(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    except ImportError as error:
+        problem = f"{error} (install ep_megatron where nvcc is on PATH)"
+    except RuntimeError as error:
+        problem = str(error)
+    problems = meeting.gather_text("Buffer", problem[:MAX_HOST_ID_BYTES], MAX_HOST_ID_BYTES)
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
+    if found or device is None:
+        raise RuntimeError(
+            "Buffer: expected a GPU and ep_megatron._cuda on every rank for backend 'cuda', got "
+            + "; ".join(found)
+        )
+    from ep_megatron.backends.cuda import CudaBackend
+
+    return CudaBackend(meeting, device, config)
 
 
 def _best(group: dist.ProcessGroup, hosts: Sequence[str]) -> tuple[str, str]:

@@ -1,0 +1,206 @@
+"""Meetings of ranks on GPUs: a kernel posts, waits for all, and tells the host what they want.
+
+The kernels are in csrc/cuda/notify.cu, who writes and reads what in csrc/cuda/protocol.h.
+"""
+
+import torch
+
+from ep_megatron import _cuda
+from ep_megatron.backends.base import DTYPES, Call, PeerReport, check_agreement
+from ep_megatron.backends.device import Device
+from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, share
+from ep_megatron.backends.meeting import Meeting
+
+_HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadline that the kernels keep
+_EPOCH_MASK = 0xFFFFFFFF
+
+
+class DeviceMeeting:
+    """One rank's flags, posts and reports. Collective constructor.
+
+    Args:
+        device: this rank's.
+        meeting: the ranks.
+        timeout: seconds that a rank waits for the others.
+        num_sms: most blocks of a kernel.
+    """
+
+    def __init__(self, device: Device, meeting: Meeting, timeout: float, num_sms: int) -> None:
+        self.rank, self.num_ranks, self.num_sms = meeting.rank, meeting.num_ranks, num_sms
+        self.epoch = 0  # of the last call
+        self._device, self._timeout = device, timeout
+        self._broken = ""
+        controls = share(device, meeting, "Buffer", _cuda.CONTROL_BYTES, is_zeroed=True)
+        self._controls = [address or 0 for address in controls]
+        num_keys = _cuda.MAX_EXPERTS + self.num_ranks
+        self._block_counts = device.allocate(4 * num_keys * num_sms)
+        self._block_bad = device.allocate(4 * num_sms)
+        self._key_starts = device.allocate(4 * num_keys)
+        self._is_agreed = device.allocate(16)
+        self._report = device.allocate_host(_cuda.REPORT_BYTES)
+        self._arrive_error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
+
+    def scan(self, topk_idx: int, call: Call, num_tokens: int, routes: int) -> _cuda.ScanArgs:
+        """Describe the planning of a fresh dispatch, for `meet`.
+
+        Args:
+            topk_idx: address of `[T, K]`.
+            call: the dispatch.
+            num_tokens: T.
+            routes: address of `[3, T, K]`, to be written.
+        """
+        return _cuda.ScanArgs(
+            topk_idx=topk_idx,
+            num_tokens=num_tokens,
+            num_topk=call.num_topk,
+            is_int64=DTYPES[call.idx_dtype] == torch.int64,
+            num_experts=call.num_experts,
+            num_ranks=self.num_ranks,
+            expand=call.expand,
+            block_counts=self._block_counts,
+            block_bad=self._block_bad,
+            key_starts=self._key_starts,
+            is_agreed=self._is_agreed,
+            routes=routes,
+        )
+
+    def meet(
+        self,
+        operation: str,
+        call: Call | None,
+        block: Block = NO_BLOCK,
+        *,
+        weights_place: int = NO_PLACE,
+        kind: int = _cuda.TAKES_PART,
+        error: str = "",
+        scan: _cuda.ScanArgs | None = None,
+    ) -> _cuda.Report:
+        """Post this rank's word on a call, and wait for the others'. Collective.
+
+        When it returns, every rank has finished the call before.
+
+        Args:
+            operation: for messages.
+            call: what this rank does; None beside an `error`.
+            block: where rows may be written, or are.
+            weights_place: where weights are, in a combine.
+            kind: whether this rank takes part, or why not.
+            error: why not.
+            scan: of a fresh dispatch: counts are exchanged, and routes made if all agree.
+
+        Raises:
+            RuntimeError: if ranks did not come in time, or in an earlier call.
+        """
+        if self._broken:
+            raise RuntimeError(
+                f"{operation}: expected a Buffer that can go on, got one that cannot: "
+                f"{self._broken}"
+            )
+        self.epoch = self.epoch + 1 & _EPOCH_MASK or 1
+        args = self._notify_args()
+        if scan is not None:
+            assert call is not None
+            self._device.launch(_cuda.plan_count(scan, self.num_sms))
+            num_blocks = _cuda.num_scan_blocks(scan.num_tokens, self.num_sms)
+            args.set_counts(scan, num_blocks=num_blocks, alignment=call.expert_alignment)
+        args.set_head(
+            call=[] if call is None else list(call),
+            kind=kind,
+            error=error,
+            rows_place=block.place,
+            rows_bytes=block.num_bytes,
+            weights_place=weights_place,
+        )
+        try:
+            self._device.launch(_cuda.plan_notify(args))
+            if scan is not None:  # needs no word from the host
+                self._device.launch(_cuda.plan_route(scan, self.num_sms))
+            patience = self._timeout + _HOST_GRACE
+            is_there = self._device.wait_for_word(self._report, self.epoch, patience)
+            num_experts = 0 if scan is None else scan.num_experts
+            report = _cuda.read_report(self._report.read(), self.num_ranks, num_experts)
+            self._check_progress(operation, is_there, report)
+        except BaseException as exception:
+            # What this rank's kernels still do is unknown from here on.
+            self._broken = f"{operation} ended by {str(exception) or type(exception).__name__}"
+            raise
+        return report
+
+    def agree(self, operation: str, report: _cuda.Report) -> bool:
+        """Raise the same ValueError on every rank, or return whether all take part."""
+        if report.status == _cuda.AGREED:
+            return True
+        reports = []
+        for word in report.words:
+            error = word.error
+            if word.kind == _cuda.BAD_INDEX:
+                num_experts = Call(*word.call[: len(Call._fields)]).num_experts
+                error = (
+                    f"expected topk_idx to be in [0, {num_experts}), or -1 for an unused slot, "
+                    f"got {word.error_value}"
+                )
+            reports.append(PeerReport(word.call, error))
+        check_agreement(operation, reports)
+        return False
+
+    def fail(self, operation: str, error: str) -> None:
+        """Take part in a call only to say why this rank cannot."""
+        report = self.meet(operation, None, kind=_cuda.BAD_ARGUMENTS, error=error)
+        try:
+            self.agree(operation, report)
+        except ValueError:
+            return  # the others' copy of the error this rank is about to raise
+        raise AssertionError("a reported error was not returned")
+
+    def arrive(self, waits: bool) -> None:
+        """Tell the others that this rank's rows of the call are written, or read.
+
+        Args:
+            waits: whether later kernels of this rank come after all ranks have said so.
+        """
+        args = _cuda.ArriveArgs(
+            control=self._controls,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            epoch=self.epoch,
+            waits=waits,
+            timeout_ns=int(self._timeout * 1e9),
+            error=self._arrive_error.device_address,
+        )
+        self._device.launch(_cuda.plan_arrive(args))
+
+    def close(self) -> None:
+        """Let no further call through."""
+        self._broken = self._broken or "it was destroyed"
+
+    def _notify_args(self) -> _cuda.NotifyArgs:
+        return _cuda.NotifyArgs(
+            control=self._controls,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            epoch=self.epoch,
+            is_agreed=self._is_agreed,
+            report=self._report.device_address,
+            timeout_ns=int(self._timeout * 1e9),
+        )
+
+    def _check_progress(self, operation: str, is_there: bool, report: _cuda.Report) -> None:
+        epoch, seen = _cuda.read_arrive_error(self._arrive_error.read(), self.num_ranks)
+        what = "send its rows in an earlier call"
+        if epoch == 0:
+            if not is_there:
+                raise RuntimeError(
+                    f"{operation}: rank {self.rank} expected its own GPU to answer within "
+                    f"{self._timeout + _HOST_GRACE:g} s, got nothing; does another kernel block "
+                    "ours? This Buffer cannot go on"
+                )
+            if report.status != _cuda.TIMED_OUT:
+                return
+            what = "post this call"
+            epoch, seen = self.epoch, [word.seen for word in report.words]
+        late = [rank for rank, last in enumerate(seen) if last - epoch & 0x80000000]
+        raise RuntimeError(
+            f"{operation}: rank {self.rank} expected every rank to {what} within "
+            f"{self._timeout:g} s, got nothing from rank {', '.join(map(str, late))}; "
+            "did it stop, or is it in another call? This Buffer cannot go on"
+        )
