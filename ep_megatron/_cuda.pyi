@@ -21,6 +21,9 @@ class DType:
     float32: DType
     float64: DType
 
+class CastRecipe:
+    def __init__(self, block: int, scales: str, min_amax: float) -> None: ...
+
 class _Args:
     # Fields by the names of csrc/cuda/protocol.h; addresses are integers, those of ranks lists.
     def __init__(self, **fields: Any) -> None: ...

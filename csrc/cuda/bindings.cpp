@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -172,6 +173,14 @@ bool wait_for_word(uintptr_t address, uint32_t epoch, double timeout) {
 }
 
 void bind_args(py::module_& m) {
+    py::class_<CastRecipe>(m, "CastRecipe")
+        .def(py::init([](int block, const std::string& scales, float min_amax) {
+                 const auto formats = {"float32", "ue8m0", "packed_ue8m0"};
+                 const auto found = std::find(formats.begin(), formats.end(), scales);
+                 return CastRecipe{block / kCastColumns,
+                                   static_cast<int32_t>(found - formats.begin()), min_amax};
+             }),
+             py::arg("block"), py::arg("scales"), py::arg("min_amax"));
     Fields<ScanArgs>(m, "ScanArgs")
         .add("topk_idx", &ScanArgs::topk_idx)
         .add("num_tokens", &ScanArgs::num_tokens)
@@ -224,7 +233,7 @@ void bind_args(py::module_& m) {
         .add("is_int64", &DispatchArgs::is_int64)
         .add("expand", &DispatchArgs::expand)
         .add("experts_per_rank", &DispatchArgs::experts_per_rank)
-        .add("is_ue8m0", &DispatchArgs::is_ue8m0)
+        .add("recipe", &DispatchArgs::recipe)
         .add("rank", &DispatchArgs::rank)
         .add("to_x", &DispatchArgs::to_x)
         .add("to_scales", &DispatchArgs::to_scales)
@@ -256,7 +265,7 @@ void bind_args(py::module_& m) {
         .add("scales", &CastArgs::scales)
         .add("num_tokens", &CastArgs::num_tokens)
         .add("hidden", &CastArgs::hidden)
-        .add("is_ue8m0", &CastArgs::is_ue8m0);
+        .add("recipe", &CastArgs::recipe);
 }
 
 void bind_plans(py::module_& m) {

@@ -84,15 +84,13 @@ __device__ __forceinline__ void cast_row(const DispatchArgs& args,
     for (int step = 0; step < args.out_row_bytes; step += kCastStep) {
         const int column = step + lane * kCastColumns;
         const bool is_active = column < args.out_row_bytes;
-        const CastRow cast =
-            cast_columns<D>(x + column * kSourceBytes, is_active, args.is_ue8m0 != 0);
+        const CastRow cast = cast_columns<D>(x + column * kSourceBytes, is_active, args.recipe);
         for (int route = 0; route < routes.num_routes; ++route) {
             char* row = from_lane(to, route);
             char* scales = from_lane(to_scales, route);
             if (!is_active) continue;
             store_16(row + column, cast.data);
-            if (lane % kCastLanes == 0)
-                store_4(scales + column / kCastBlock * 4, __float_as_uint(cast.scale));
+            store_scale(scales, column, cast.scale, args.recipe);
         }
     }
 }
@@ -196,17 +194,17 @@ __device__ __forceinline__ void cast(const CastArgs& args) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    const int num_scale_bytes = args.hidden / (args.recipe.lanes_per_block * kCastColumns) *
+                                (args.recipe.scale_format == kPackedScales ? 1 : 4);
     for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
         const char* x = args.x + token * args.hidden * kSourceBytes;
         for (int step = 0; step < args.hidden; step += kCastStep) {
             const int column = step + lane * kCastColumns;
             const bool is_active = column < args.hidden;
-            const CastRow row =
-                cast_columns<D>(x + column * kSourceBytes, is_active, args.is_ue8m0 != 0);
+            const CastRow row = cast_columns<D>(x + column * kSourceBytes, is_active, args.recipe);
             if (!is_active) continue;
             store_16(args.data + token * args.hidden + column, row.data);
-            if (lane % kCastLanes == 0)
-                args.scales[(token * args.hidden + column) / kCastBlock] = row.scale;
+            store_scale(args.scales + token * num_scale_bytes, column, row.scale, args.recipe);
         }
     }
 }

@@ -108,6 +108,18 @@ void check_dispatch(const DispatchArgs& args) {
         require_aligned(kOperation, "the address of received rows", row, 16);
 }
 
+/// Returns the bytes of a row's scales.
+int64_t check_recipe(const char* operation, const CastRecipe& recipe, int hidden) {
+    require(recipe.lanes_per_block == 8 || recipe.lanes_per_block == 2, operation,
+            "the columns of a block", "128 or 32", recipe.lanes_per_block * kCastColumns);
+    require_range(operation, "the format of scales", recipe.scale_format, kFloat32Scales,
+                  kPackedScales);
+    const bool is_packed = recipe.scale_format == kPackedScales;
+    const int block = recipe.lanes_per_block * kCastColumns;
+    require_multiple(operation, "hidden of rows to cast", hidden, is_packed ? 4 * block : block);
+    return hidden / block * (is_packed ? 1 : 4);
+}
+
 }  // namespace
 
 unsigned num_scan_blocks(int64_t num_tokens, int num_sms) {
@@ -157,11 +169,11 @@ Launch plan_dispatch_cast(const DispatchArgs& args, DType dtype, int num_sms) {
             "bfloat16, float16 or float32", 64);
     check_row("dispatch", args.row_bytes, item_bytes(dtype));
     const int hidden = args.row_bytes / item_bytes(dtype);
-    require_multiple("dispatch", "hidden of rows to cast", hidden, kCastBlock);
     require(args.out_row_bytes == hidden, "dispatch", "the bytes of a received row", text(hidden),
             args.out_row_bytes);
-    require(args.scale_bytes == hidden / kCastBlock * 4, "dispatch", "the bytes of a row's scales",
-            text(hidden / kCastBlock * 4), args.scale_bytes);
+    const int64_t scale_bytes = check_recipe("dispatch", args.recipe, hidden);
+    require(args.scale_bytes == scale_bytes, "dispatch", "the bytes of a row's scales",
+            text(scale_bytes), args.scale_bytes);
     return launch_rows(text("ep_dispatch_cast_", kNames[static_cast<int>(dtype)], "_kernel"),
                        blocks_for(args.num_tokens, num_sms), args);
 }
@@ -193,8 +205,8 @@ Launch plan_combine(const CombineArgs& args, DType dtype, int num_sms) {
 
 Launch plan_cast(const CastArgs& args, DType dtype, int num_sms) {
     require(dtype != DType::kFloat64, "cast", "the dtype", "bfloat16, float16 or float32", 64);
-    require_range("cast", "hidden", args.hidden, kCastBlock, kMaxHidden);
-    require_multiple("cast", "hidden", args.hidden, kCastBlock);
+    require_range("cast", "hidden", args.hidden, 1, kMaxHidden);
+    check_recipe("cast", args.recipe, args.hidden);
     require_aligned("cast", "the address of x", args.x, 16);
     require_aligned("cast", "the address of data", args.data, 16);
     return launch_rows(text("ep_cast_", kNames[static_cast<int>(dtype)], "_kernel"),

@@ -24,7 +24,7 @@ constexpr int kScanWarps = 8;         // of a block of the count and route kerne
 constexpr int kNotifyThreads = 1024;  // one per expert
 constexpr int kArriveThreads = 96;    // one per rank
 constexpr int kRowWarps = 16;         // of a block of the kernels that move rows
-constexpr int kCastBlock = 128;       // columns that share a scale
+constexpr int kCastColumns = 16;      // that a lane casts; a block of 128 or 32 is 8 or 2 lanes
 constexpr int kNumCallFields = 16;
 constexpr int kErrorBytes = 512;
 
@@ -138,6 +138,19 @@ struct ArriveArgs {
     ArriveError* error;
 };
 
+enum ScaleFormat : int32_t {
+    kFloat32Scales,
+    kPowerOfTwoScales,  // as float32
+    kPackedScales,      // their exponents, a byte each
+};
+
+/// How rows become e4m3; see ep_megatron/fp8.py.
+struct CastRecipe {
+    int32_t lanes_per_block;  // that share a scale
+    int32_t scale_format;     // ScaleFormat
+    float min_amax;
+};
+
 struct DispatchArgs {
     const char* x;          // [T, row_bytes]
     const char* scales;     // [T, scale_bytes] beside rows quantised by the caller, or null
@@ -156,9 +169,8 @@ struct DispatchArgs {
     int32_t is_int64;       // topk_idx
     int32_t expand;
     int32_t experts_per_rank;
-    int32_t is_ue8m0;  // scales of the cast are powers of two
     int32_t rank;
-    int32_t unused;
+    CastRecipe recipe;      // of rows that are cast
     char* to_x[kMaxRanks];  // where each rank's parts start
     char* to_scales[kMaxRanks];
     char* to_weights[kMaxRanks];
@@ -192,10 +204,10 @@ struct CombineArgs {
 struct CastArgs {
     const char* x;  // [T, hidden]
     char* data;     // [T, hidden] e4m3
-    float* scales;  // [T, hidden / 128]
+    char* scales;   // [T, hidden / block] of the recipe's format
     int64_t num_tokens;
     int32_t hidden;
-    int32_t is_ue8m0;
+    CastRecipe recipe;
 };
 
 }  // namespace ep::cuda

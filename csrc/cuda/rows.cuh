@@ -2,6 +2,7 @@
 // Rows as a warp sees them: 16 bytes per lane, sums in float32 (float64 for float64), casts.
 #include <cstdint>
 
+#include "cuda/protocol.h"
 #include "cuda/ptx.cuh"
 
 namespace ep::cuda {
@@ -32,6 +33,10 @@ __device__ __forceinline__ void store_16(char* to, uint4 value) {
 __device__ __forceinline__ void store_4(char* to, uint32_t value) {
     __builtin_assume(__isGlobal(to));
     *reinterpret_cast<uint32_t*>(to) = value;
+}
+__device__ __forceinline__ void store_1(char* to, uint8_t value) {
+    __builtin_assume(__isGlobal(to));
+    *reinterpret_cast<uint8_t*>(to) = value;
 }
 
 // Per dtype: the lanes of 16 bytes as accumulators; read, add and round them back. A NaN becomes
@@ -124,20 +129,20 @@ struct Lanes<Float64> {
     }
 };
 
-// The cast of ep_megatron/fp8.py, bit for bit. A lane holds 16 columns, 8 lanes a block of 128.
+// The cast of ep_megatron/fp8.py, bit for bit: a lane holds 16 columns.
 
-constexpr int kCastLanes = 8;
-constexpr int kCastColumns = 16;
 constexpr int kCastStep = 32 * kCastColumns;
 
 struct CastRow {
-    uint4 data;   // 16 e4m3 numbers
-    float scale;  // of the block, in all of its lanes
+    uint4 data;      // 16 e4m3 numbers
+    uint32_t scale;  // of the block, in all of its lanes: the bits of a float32
 };
 
 /// Cast 16 columns of type D at `x`; zeros where the lane is past the row. All lanes take part.
 template <class D>
-__device__ __forceinline__ CastRow cast_columns(const char* x, bool is_active, bool is_ue8m0) {
+__device__ __forceinline__ CastRow cast_columns(const char* x,
+                                                bool is_active,
+                                                const CastRecipe& recipe) {
     constexpr int kLoads = kCastColumns / D::kLanes;
     Lanes<D> values[kLoads];
 #pragma unroll
@@ -150,20 +155,17 @@ __device__ __forceinline__ CastRow cast_columns(const char* x, bool is_active, b
 #pragma unroll
         for (int j = 0; j < D::kLanes; ++j)
             largest = max(largest, __float_as_uint(values[i].lane[j]) & 0x7fffffffu);
-#pragma unroll
-    for (int distance = 1; distance < kCastLanes; distance *= 2)
+    for (int distance = 1; distance < recipe.lanes_per_block; distance *= 2)
         largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
     const bool is_finite = largest < 0x7f800000u;
-    const float amax = fmaxf(__uint_as_float(is_finite ? largest : 0u), 1e-4f);
-    CastRow row;
-    row.scale = __fdiv_rn(amax, 448.0f);
+    const float amax = fmaxf(__uint_as_float(is_finite ? largest : 0u), recipe.min_amax);
+    uint32_t scale = __float_as_uint(__fdiv_rn(amax, 448.0f));
     float factor;
-    if (is_ue8m0) {  // up to a power of two, whose reciprocal is exact
-        const uint32_t bits = (__float_as_uint(row.scale) + 0x7fffffu) & 0x7f800000u;
-        row.scale = __uint_as_float(bits);
-        factor = __uint_as_float((254u << 23) - bits);
-    } else {
+    if (recipe.scale_format == kFloat32Scales) {
         factor = __fdiv_rn(448.0f, amax);
+    } else {  // up to a power of two, whose reciprocal is exact
+        scale = (scale + 0x7fffffu) & 0x7f800000u;
+        factor = __uint_as_float((254u << 23) - scale);
     }
     uint32_t words[4];
 #pragma unroll
@@ -177,9 +179,21 @@ __device__ __forceinline__ CastRow cast_columns(const char* x, bool is_active, b
         words[i] = to_e4m3x2(four[0], four[1]) | to_e4m3x2(four[2], four[3]) << 16;
         if (!is_finite) words[i] = 0x7f7f7f7fu;
     }
-    if (!is_finite) row.scale = __uint_as_float(0x7fc00000u);
-    row.data = {words[0], words[1], words[2], words[3]};
-    return row;
+    return {{words[0], words[1], words[2], words[3]}, is_finite ? scale : 0x7fc00000u};
+}
+
+/// Put a block's scale into a row's scales; one lane of the block does.
+__device__ __forceinline__ void store_scale(char* scales,
+                                            int column,
+                                            uint32_t scale,
+                                            const CastRecipe& recipe) {
+    const int lane = column / kCastColumns;
+    if (lane % recipe.lanes_per_block != 0) return;
+    const int block = lane / recipe.lanes_per_block;
+    if (recipe.scale_format == kPackedScales)
+        store_1(scales + block, static_cast<uint8_t>(scale >> 23));
+    else
+        store_4(scales + block * 4, scale);
 }
 
 }  // namespace ep::cuda

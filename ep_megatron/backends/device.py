@@ -126,4 +126,4 @@ class Device(Protocol):
         """
 
     def close(self) -> None:
-        """Free what peers do not reach, after the last kernel; what they reach stays theirs to read."""
+        """Free what peers do not reach, after the last kernel; the rest is theirs to read."""

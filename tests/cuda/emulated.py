@@ -170,9 +170,7 @@ class Ranks:
         self.devices = [EmulatedDevice(self.machine, rank) for rank in range(num_ranks)]
         config = config or BufferConfig(timeout=1e6, num_sms=NUM_SMS)
         self.backends: list[CudaBackend] = self._on_threads(
-            lambda rank: CudaBackend(
-                ThreadMeeting(rank, self._table), self.devices[rank], config
-            )
+            lambda rank: CudaBackend(ThreadMeeting(rank, self._table), self.devices[rank], config)
         )
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
