@@ -110,12 +110,18 @@ class BuildExtension(build_ext):
     """Compile in parallel; row kernels once per instruction set, .cu files with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
-        # Headers are not tracked one by one: any newer one rebuilds all, which takes seconds.
+        # Headers are not tracked one by one: any newer one rebuilds all of its extension.
         jobs = [(source, "", []) for source in ext.sources if source != ROW_KERNELS]
         if ROW_KERNELS in ext.sources:
             jobs += [(ROW_KERNELS, isa, flags) for isa, flags in INSTRUCTION_SETS.items()]
-        headers = [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh"), Path("setup.py")]
-        newest_header = max(path.stat().st_mtime for path in headers)
+        other = "cpu" if ext.name.endswith("_cuda") else "cuda"
+        headers = [
+            path
+            for pattern in ("*.h", "*.cuh")
+            for path in Path("csrc").rglob(pattern)
+            if path.parent != Path("csrc", other)
+        ]
+        newest_header = max(path.stat().st_mtime for path in [*headers, Path("setup.py")])
 
         def compile_one(job: tuple[str, str, list[str]]) -> str:
             source, isa, flags = job

@@ -32,9 +32,9 @@ class Fields {
         }));
     }
 
-    template <class Number>
-        requires std::is_arithmetic_v<Number>
-    Fields& add(const char* name, Number Args::* field) {
+    template <class Value>
+        requires(!std::is_pointer_v<Value> && !std::is_array_v<Value>)
+    Fields& add(const char* name, Value Args::* field) {
         class_.def_readwrite(name, field);
         return *this;
     }

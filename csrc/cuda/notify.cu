@@ -11,10 +11,15 @@ namespace ep::cuda {
 namespace {
 
 constexpr int kBatch = 8;
+constexpr int kWordCounts = 4;  // int32 of the 16 bytes that posts are copied by
 
 /// Turn every block's counts into sums over the blocks before it; totals into the post.
 __device__ __forceinline__ void sum_blocks(const NotifyArgs& args, Post& post) {
     const int num_keys = args.num_experts + args.num_ranks;
+    for (int rank = args.num_ranks + threadIdx.x; rank < kMaxRanks; rank += kNotifyThreads)
+        post.per_rank[rank] = 0;  // travels with the others
+    const int expert = args.num_experts + threadIdx.x;
+    if (threadIdx.x < kWordCounts - 1 && expert < kMaxExperts) post.per_expert[expert] = 0;
     for (int key = threadIdx.x; key < num_keys; key += kNotifyThreads) {
         int32_t total = 0;
         for (int64_t block = 0; block < args.num_blocks; block += kBatch) {

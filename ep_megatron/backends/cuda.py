@@ -5,7 +5,6 @@ what all ranks want; the host then launches with exact addresses, and waits for 
 call returns is written by the time that the caller's stream comes to it.
 """
 
-import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
-from ep_megatron.backends.base import Call, Routing, Rows
+from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceArena, align
 from ep_megatron.backends.device_meeting import DeviceMeeting
+from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, recipe_of
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import DispatchHandle
@@ -28,32 +29,7 @@ _SUM_DTYPES = {
     torch.float32: _cuda.DType.float32,
     torch.float64: _cuda.DType.float64,
 }
-_MAX_ROWS = (1 << 31) - 1
 _NO_LIMIT = 1 << 47  # bytes; what the GPU has is the limit
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """How received rows and what belongs to them lie in a block, part after part.
-
-    Attributes:
-        x: bytes of a row; `scales` likewise, 0 where there are none.
-        weights: bytes of one weight, `idx` of one expert index; 0 where there are none.
-        num_columns: weights, and indices, of a row.
-    """
-
-    x: int
-    scales: int
-    weights: int
-    idx: int
-    num_columns: int
-
-    def starts(self, num_rows: int) -> tuple[int, int, int, int]:
-        """Return where scales, weights and indices of `num_rows` rows start, and the end."""
-        scales = align(num_rows * self.x, 64)
-        weights = scales + align(num_rows * self.scales, 64)
-        idx = weights + align(num_rows * self.weights * self.num_columns, 64)
-        return scales, weights, idx, idx + num_rows * self.idx * self.num_columns
 
 
 @dataclass(frozen=True)
@@ -62,21 +38,13 @@ class _Send:
 
     operation: str
     call: Call
-    num_tokens: int
+    rows: Rows
     x: Memory
     scales: Memory | None
     weights: Memory | None
     topk_idx: Memory | None
     routes: Memory  # written before the rows move, in a fresh dispatch
     layout: RowLayout
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Rows that each rank receives, and those of each of this rank's experts without padding."""
-
-    num_rows: Sequence[int]
-    valid: Sequence[int]
 
 
 class CudaBackend:
@@ -118,8 +86,11 @@ class CudaBackend:
 
     # -- the three operations ---------------------------------------------------------------------
 
-    def dispatch(self, rows: Rows, routing: Routing) -> tuple[Rows, DispatchHandle]:
+    def dispatch(
+        self, rows: Rows, routing: Routing, announce: Announce | None = None
+    ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
+        rows, routing = rows.contiguous(), routing.contiguous()
         num_tokens, num_topk = routing.topk_idx.shape
         routes = self._device.output(torch.int32, (3, num_tokens, num_topk))
         send = self._describe("dispatch", rows, routing, routes)
@@ -146,29 +117,60 @@ class CudaBackend:
             num_valid_tokens_per_expert=tuple(sizes.valid),
             topk_idx=None if routing.expand else routing.topk_idx.clone(),
         )
+        if announce is not None:
+            announce(received, handle)
         return received, handle
 
-    def dispatch_again(self, rows: Rows, handle: DispatchHandle) -> Rows:
+    def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
+        """See `Backend.new_received`."""
+        x, scales = rows.new_arrived(handle.num_recv_rows)
+        columns = () if handle.expand else (handle.num_topk,)
+        weights = rows.topk_weights
+        if weights is not None:
+            weights = weights.new_empty(handle.num_recv_rows, *columns)
+        return Received(Rows(x, scales, weights))
+
+    def dispatch_again(
+        self, rows: Rows, handle: DispatchHandle, received: Received | None = None
+    ) -> Rows:
         """See `Backend.dispatch_again`."""
+        rows = rows.contiguous()
         routes = self._device.input(handle.routes)
         send = self._describe("cached dispatch", rows, handle, routes)
         _, sizes, block = self._send(send, None, handle)
-        return self._receive(send, block, sizes.num_rows[self.rank])
+        arrived = self._receive(send, block, sizes.num_rows[self.rank])
+        if received is None:
+            return arrived
+        copy_rows(received.rows, arrived)
+        return received.rows
+
+    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+        """See `Backend.new_combined`."""
+        weights = rows.topk_weights
+        if weights is not None:
+            weights = weights.new_empty(handle.num_tokens, handle.num_topk)
+        return rows.x.new_empty(handle.num_tokens, rows.x.shape[1]), weights
 
     def combine(
-        self, rows: Rows, handle: DispatchHandle, biases: Sequence[Tensor] = ()
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        biases: Sequence[Tensor] = (),
+        combined: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Backend.combine`."""
+        rows = rows.contiguous()
+        into, weights_into = combined or (None, None)
         call = Call.of("combine", rows, handle)
         self._check_limits("combine", call)
         device, shape = self._device, (handle.num_tokens, handle.num_topk)
         x, routes = device.input(rows.x), device.input(handle.routes)
         weights = self._input(rows.topk_weights)
         bias_inputs = [self._input(bias) for bias in (*biases, None, None)]
-        out = device.output(rows.x.dtype, (handle.num_tokens, rows.x.shape[1]))
+        out = device.output(rows.x.dtype, (handle.num_tokens, rows.x.shape[1]), into)
         out_weights = None
         if rows.topk_weights is not None:
-            out_weights = device.output(rows.topk_weights.dtype, shape)
+            out_weights = device.output(rows.topk_weights.dtype, shape, weights_into)
         lies_at = self._arena.place_of(device.arena_address(rows.x), rows.x.nbytes)
         with device.on_stream():
             places = self._offer_rows(call, x, weights, lies_at)
@@ -177,14 +179,14 @@ class CudaBackend:
                 num_tokens=handle.num_tokens,
                 num_topk=handle.num_topk,
                 row_bytes=rows.x.shape[1] * rows.x.element_size(),
-                weight_bytes=_item_bytes(rows.topk_weights),
+                weight_bytes=0 if weights is None else weights.dtype.itemsize,
                 expand=handle.expand,
                 bias_0=_address(bias_inputs[0]),
                 bias_1=_address(bias_inputs[1]),
                 out=out.address,
                 out_weights=_address(out_weights),
-                from_x=self._seen_from_here([rows_place for rows_place, _ in places]),
-                from_weights=self._seen_from_here([weights_place for _, weights_place in places]),
+                from_x=self._arena.addresses([rows_place for rows_place, _ in places]),
+                from_weights=self._arena.addresses([weights_place for _, weights_place in places]),
             )
             device.launch(_cuda.plan_combine(args, _SUM_DTYPES[rows.x.dtype], self._num_sms))
             # What was staged is lent until the next call; the caller's own rows only until now.
@@ -197,9 +199,16 @@ class CudaBackend:
             self._meeting.fail(operation, error)
         self._take_back()
 
+    def interrupt(self) -> None:
+        """See `Backend.interrupt`. A kernel keeps its deadline; the next call gives up."""
+        self._meeting.close("a call was interrupted")
+
+    def limit_threads(self, num_threads: int) -> None:
+        """See `Backend.limit_threads`. No thread of the host moves rows."""
+
     def close(self) -> None:
         """See `Backend.close`."""
-        self._meeting.close()
+        self._meeting.close("it was destroyed")
         self._device.close()
 
     @property
@@ -219,31 +228,23 @@ class CudaBackend:
     ) -> _Send:
         call = Call.of(operation, rows, by)
         self._check_limits(operation, call)
-        is_fresh, topk_idx = isinstance(by, Routing), by.topk_idx
-        # A handle's indices say which weights go where; a rank's own rows need no second look.
+        # A handle's indices say which weights go where; they do not travel again.
+        travels = isinstance(by, Routing) and not by.expand
         return _Send(
             operation=operation,
             call=call,
-            num_tokens=rows.x.shape[0],
+            rows=rows,
             x=self._device.input(rows.x),
             scales=self._input(rows.scales),
             weights=self._input(rows.topk_weights),
-            topk_idx=self._input(topk_idx),
+            topk_idx=self._input(by.topk_idx),
             routes=routes,
-            layout=RowLayout(
-                x=rows.x.shape[1] * rows.x.element_size(),
-                scales=0
-                if rows.scales is None
-                else rows.scales.shape[1] * _item_bytes(rows.scales),
-                weights=_item_bytes(rows.topk_weights),
-                idx=_item_bytes(topk_idx) if is_fresh and not by.expand else 0,
-                num_columns=1 if by.expand else call.num_topk,
-            ),
+            layout=RowLayout.of(rows, call, by.topk_idx if travels else None),
         )
 
     def _send(
         self, send: _Send, scan: _cuda.ScanArgs | None, handle: DispatchHandle | None
-    ) -> tuple[_cuda.Report, _Sizes, Block]:
+    ) -> tuple[_cuda.Report, Sizes, Block]:
         """Meet, find room, launch. Returns the block where this rank's rows arrive."""
         with self._device.on_stream():
             offered = self._arena.allocate_largest() or NO_BLOCK
@@ -252,10 +253,11 @@ class CudaBackend:
                 self._take_back()
                 self._meeting.agree(send.operation, report)
                 if handle is None:
-                    sizes = self._sizes(report, send.call)
+                    sizes = Sizes.of(report, send.call, self.rank)
                 else:
-                    sizes = _Sizes(handle.num_rows_per_rank, handle.num_valid_tokens_per_expert)
-                places, block = self._find_room(send, report, sizes, offered)
+                    sizes = Sizes(handle.num_rows_per_rank, handle.num_valid_tokens_per_expert)
+                needed = [send.layout.starts(num_rows)[-1] for num_rows in sizes.num_rows]
+                places, block = self._arena.settle(send.operation, report, needed, offered)
             except (ValueError, RuntimeError):
                 self._arena.free(offered)
                 raise
@@ -263,49 +265,15 @@ class CudaBackend:
             self._meeting.arrive(waits=True)
         return report, sizes, block
 
-    def _sizes(self, report: _cuda.Report, call: Call) -> _Sizes:
-        """Work out from all ranks' counts how many rows each receives."""
-        experts_per_rank = call.num_experts // self.num_ranks
-        if call.expand:
-            blocks = [align(n, call.expert_alignment) for n in report.per_expert]
-            starts = range(0, call.num_experts, experts_per_rank)
-            num_rows = [sum(blocks[start : start + experts_per_rank]) for start in starts]
-        else:
-            num_rows = [sum(column) for column in zip(*report.per_rank, strict=True)]
-        if max(num_rows) > _MAX_ROWS:
-            raise RuntimeError(
-                f"dispatch: expected at most {_MAX_ROWS} rows on a rank, got {max(num_rows)}"
-            )
-        first = self.rank * experts_per_rank
-        return _Sizes(num_rows, report.per_expert[first : first + experts_per_rank])
-
-    def _find_room(
-        self, send: _Send, report: _cuda.Report, sizes: _Sizes, offered: Block
-    ) -> tuple[list[int], Block]:
-        """Return where every rank's rows go, and this rank's block; all grow together if one must.
-
-        Every rank knows from the posts who has offered too little.
-        """
-        needed = [send.layout.starts(num_rows)[3] for num_rows in sizes.num_rows]
-        places = [word.rows_place for word in report.words]
-        is_short = [need > word.rows_bytes for need, word in zip(needed, report.words, strict=True)]
-        grown = NO_BLOCK
-        if any(is_short):
-            own = needed[self.rank] if is_short[self.rank] else 0
-            new_places, grown = self._arena.grow(send.operation, own)
-            places = [
-                new if short else old
-                for new, short, old in zip(new_places, is_short, places, strict=True)
-            ]
-        if not is_short[self.rank]:
-            return places, self._arena.trim(offered, needed[self.rank])
-        self._arena.free(offered)
-        return places, grown
-
-    def _push(self, send: _Send, sizes: _Sizes, places: Sequence[int]) -> None:
-        call, layout = send.call, send.layout
-        starts = [layout.starts(num_rows) for num_rows in sizes.num_rows]
-        targets = self._seen_from_here(places)
+    def _push(self, send: _Send, sizes: Sizes, places: Sequence[int]) -> None:
+        call, layout, recipe = send.call, send.layout, send.rows.fp8
+        targets = self._arena.addresses(places)
+        # Where every rank's x, scales, weights and indices start.
+        starts = [
+            [target + start for start in layout.starts(num_rows)]
+            for target, num_rows in zip(targets, sizes.num_rows, strict=True)
+        ]
+        to_x, to_scales, to_weights, to_idx, _ = zip(*starts, strict=True)
         valid = self._valid[self._meeting.epoch % 2]
         if call.expand and call.expert_alignment > 1:
             valid.write(struct.pack(f"<{len(sizes.valid)}i", *sizes.valid))
@@ -316,46 +284,41 @@ class CudaBackend:
             topk_idx=_address(send.topk_idx),
             routes=send.routes.address,
             valid=valid.device_address,
-            num_tokens=send.num_tokens,
+            num_tokens=len(send.rows.x),
             alignment=call.expert_alignment,
             num_topk=call.num_topk,
-            row_bytes=layout.x,
-            out_row_bytes=layout.x,
-            scale_bytes=layout.scales,
-            weight_bytes=layout.weights,
-            idx_bytes=layout.idx,
+            row_bytes=call.hidden * send.x.dtype.itemsize,
+            out_row_bytes=layout.x.num_bytes,
+            scale_bytes=0 if layout.scales is None else layout.scales.num_bytes,
+            weight_bytes=item_bytes(layout.weights),
+            idx_bytes=item_bytes(layout.idx),
             is_int64=send.topk_idx is not None and send.topk_idx.dtype == torch.int64,
             expand=call.expand,
             experts_per_rank=call.num_experts // self.num_ranks,
             rank=self.rank,
-            to_x=targets,
-            to_scales=[at + start[0] for at, start in zip(targets, starts, strict=True)],
-            to_weights=[at + start[1] for at, start in zip(targets, starts, strict=True)],
-            to_idx=[at + start[2] for at, start in zip(targets, starts, strict=True)],
+            to_x=to_x,
+            to_scales=to_scales,
+            to_weights=to_weights,
+            to_idx=to_idx,
         )
-        self._device.launch(_cuda.plan_dispatch(args, self._num_sms))
+        if recipe is None:
+            launch = _cuda.plan_dispatch(args, self._num_sms)
+        else:
+            args.recipe = recipe_of(recipe)
+            launch = _cuda.plan_dispatch_cast(args, _SUM_DTYPES[send.x.dtype], self._num_sms)
+        self._device.launch(launch)
 
     def _receive(self, send: _Send, block: Block, num_rows: int) -> Rows:
-        """Look at what arrived, as tensors that keep the block."""
-        scales_at, weights_at, idx_at, end = send.layout.starts(num_rows)
+        """Look at what arrived, as tensors that keep the block; or widened, as copies."""
         must_copy = self._arena.num_bytes_in_use > self._max_view_bytes
-        address = self._arena.address(self.rank, block.place)
-        memory = self._device.views(address, end, lambda: self._arena.free(block))
-        columns = () if send.call.expand else (send.call.num_topk,)
-
-        def part(at: int, like: Memory, *shape: int) -> Tensor:
-            num_bytes = math.prod(shape) * like.dtype.itemsize
-            view = memory[at : at + num_bytes].view(like.dtype).view(shape)
-            return view.clone() if must_copy else view
-
-        return Rows(
-            part(0, send.x, num_rows, send.x.shape[1]),
-            send.scales and part(scales_at, send.scales, num_rows, send.scales.shape[1]),
-            send.weights and part(weights_at, send.weights, num_rows, *columns),
-            send.topk_idx and part(idx_at, send.topk_idx, num_rows, *columns)
-            if send.layout.idx
-            else None,
+        memory = self._device.views(
+            self._arena.address(self.rank, block.place),
+            send.layout.starts(num_rows)[-1],
+            lambda: self._arena.free(block),
         )
+        # Once widened, the FP8 rows are of no more use: what came with them must not hold them.
+        is_widened = send.rows.widen_to is not None
+        return as_asked(send.layout.received(memory, num_rows, must_copy or is_widened), send.rows)
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -438,13 +401,6 @@ class CudaBackend:
     def _input(self, tensor: Tensor | None) -> Memory | None:
         return None if tensor is None else self._device.input(tensor)
 
-    def _seen_from_here(self, places: Sequence[int]) -> list[int]:
-        return [self._arena.address(rank, place) for rank, place in enumerate(places)]
-
 
 def _address(memory: Memory | None) -> int:
     return 0 if memory is None else memory.address
-
-
-def _item_bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.element_size()

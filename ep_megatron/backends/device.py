@@ -113,8 +113,10 @@ class Device(Protocol):
     def arena_address(self, tensor: Tensor) -> int | None:
         """Return where a tensor lies, for a look whether that is in shared memory; None if not."""
 
-    def output(self, dtype: torch.dtype, shape: Sequence[int]) -> Memory:
-        """Return uninitialised memory for a result."""
+    def output(
+        self, dtype: torch.dtype, shape: Sequence[int], into: Tensor | None = None
+    ) -> Memory:
+        """Return uninitialised memory for a result, or for one that `into` is to hold."""
 
     def tensor(self, output: Memory) -> Tensor:
         """Return a result, after `on_stream`, as a tensor."""

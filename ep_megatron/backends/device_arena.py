@@ -3,10 +3,12 @@
 import operator
 import struct
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ep_megatron import _cuda
 from ep_megatron.backends.device import Device
 from ep_megatron.backends.meeting import Meeting
 
@@ -76,6 +78,10 @@ class DeviceArena:
         if place == NO_PLACE:
             return 0
         return self._slabs[rank][place >> _SLAB_SHIFT] + (place & ((1 << _SLAB_SHIFT) - 1))
+
+    def addresses(self, places: Sequence[int]) -> list[int]:
+        """Return where every rank's place is, seen from here."""
+        return [self.address(rank, place) for rank, place in enumerate(places)]
 
     def place_of(self, address: int | None, num_bytes: int) -> int | None:
         """Return the place of memory that lies in this rank's arena, or None."""
@@ -149,6 +155,37 @@ class DeviceArena:
         self._free.append([(block.num_bytes, size - block.num_bytes)])
         self._in_use += block.num_bytes
         return places, block
+
+    def settle(
+        self, operation: str, report: _cuda.Report, needed: Sequence[int], offered: Block
+    ) -> tuple[list[int], Block]:
+        """Find room for what every rank receives; all grow together if one must. Collective.
+
+        Every rank knows from the posts who has offered too little.
+
+        Args:
+            operation: for messages.
+            report: of the meeting in which ranks offered blocks.
+            needed: bytes, by rank.
+            offered: what this rank has offered.
+
+        Returns:
+            Where every rank's rows go, and this rank's block.
+        """
+        rank = self._meeting.rank
+        places = [word.rows_place for word in report.words]
+        is_short = [need > word.rows_bytes for need, word in zip(needed, report.words, strict=True)]
+        grown = NO_BLOCK
+        if any(is_short):
+            new_places, grown = self.grow(operation, needed[rank] if is_short[rank] else 0)
+            places = [
+                new if short else old
+                for new, short, old in zip(new_places, is_short, places, strict=True)
+            ]
+        if not is_short[rank]:
+            return places, self.trim(offered, needed[rank])
+        self.free(offered)
+        return places, grown
 
     def _take_back(self) -> None:
         while self._returned:

@@ -93,8 +93,7 @@ class DeviceMeeting:
         """
         if self._broken:
             raise RuntimeError(
-                f"{operation}: expected a Buffer that can go on, got one that cannot: "
-                f"{self._broken}"
+                f"{operation}: expected a working Buffer, got one that broke down ({self._broken})"
             )
         self.epoch = self.epoch + 1 & _EPOCH_MASK or 1
         args = self._notify_args()
@@ -169,9 +168,9 @@ class DeviceMeeting:
         )
         self._device.launch(_cuda.plan_arrive(args))
 
-    def close(self) -> None:
+    def close(self, reason: str) -> None:
         """Let no further call through."""
-        self._broken = self._broken or "it was destroyed"
+        self._broken = self._broken or reason
 
     def _notify_args(self) -> _cuda.NotifyArgs:
         return _cuda.NotifyArgs(

@@ -129,9 +129,13 @@ class GpuDevice:
         """See `Device.arena_address`."""
         return tensor.data_ptr()
 
-    def output(self, dtype: torch.dtype, shape: Sequence[int]) -> Memory:
+    def output(
+        self, dtype: torch.dtype, shape: Sequence[int], into: Tensor | None = None
+    ) -> Memory:
         """See `Device.output`."""
-        tensor = torch.empty(*shape, dtype=dtype, device=self._device)
+        tensor = into
+        if tensor is None:
+            tensor = torch.empty(*shape, dtype=dtype, device=self._device)
         return Memory(tensor.data_ptr(), dtype, shape, tensor)
 
     def tensor(self, output: Memory) -> Tensor:

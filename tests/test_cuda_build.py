@@ -1,0 +1,113 @@
+"""The extension holds the PTX that nvcc makes of the sources, and kernels take what they should."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cuda import resources
+from tests.cuda.fatbin import embedded_ptx
+
+_cuda = pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
+PINNED = "V13.0.88"
+
+
+def nvcc_or_skip() -> str:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    if PINNED not in version.stdout:
+        pytest.skip(f"the table is that of nvcc {PINNED}")
+    return nvcc
+
+
+def without_comments(ptx: str) -> list[str]:
+    """Return the words of PTX; the linker keeps no comments and other blanks."""
+    return re.sub(r"//.*", "", ptx).split()
+
+
+def test_the_extension_holds_the_ptx_of_the_sources() -> None:
+    nvcc = nvcc_or_skip()
+    embedded = embedded_ptx(Path(_cuda.__file__))
+    made = [resources.compile_to_ptx(nvcc, source) for source in resources.sources()]
+    assert sorted(map(without_comments, embedded)) == sorted(map(without_comments, made))
+
+
+def test_kernels_take_what_the_table_says() -> None:
+    assert resources.table(nvcc_or_skip()) == resources.TABLE.read_text()
+
+
+def test_no_kernel_spills_and_every_launch_fits() -> None:
+    rows = [line.split() for line in resources.TABLE.read_text().split("\n\n")[0].splitlines()[1:]]
+    assert {row[1] for row in rows} == set(resources.ARCHITECTURES)
+    for kernel, _, registers, shared, stack, spills in rows:
+        threads = 1024 if "notify" in kernel else 512
+        assert (stack, spills) == ("0", "0"), kernel
+        assert int(registers) * threads <= 65536, kernel
+        assert int(shared) + 8 * 4 * (_cuda.MAX_EXPERTS + _cuda.MAX_RANKS) <= 48 * 1024, kernel
+
+
+def test_rows_move_in_accesses_of_16_bytes() -> None:
+    text = resources.TABLE.read_text().split("\n\n")[1]
+    counts = dict(re.findall(r"^(\w+): (.*)$", text, re.MULTILINE))
+    for kernel, accesses in counts.items():
+        assert "other" not in accesses, kernel  # generic, local or atomic
+        if "dispatch" in kernel or "combine" in kernel or "stage" in kernel:
+            assert "ld.global.16" in accesses, kernel
+            assert "st.global.16" in accesses, kernel
+
+
+def test_importing_needs_no_driver_and_a_device_says_what_is_missing() -> None:
+    code = (
+        "from ep_megatron import _cuda\n"
+        "try:\n    print(_cuda.count_devices())\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().isdigit() or "expected a CUDA driver and a GPU" in done.stdout
+
+
+PLANS = {
+    "hidden": lambda: _cuda.plan_dispatch(dispatch_args(row_bytes=16400, out_row_bytes=16400), 8),
+    "the columns of topk_idx": lambda: _cuda.plan_dispatch(dispatch_args(num_topk=33), 8),
+    "the bytes of a row": lambda: _cuda.plan_dispatch(
+        dispatch_args(row_bytes=24, out_row_bytes=24), 8
+    ),
+    "the address of x": lambda: _cuda.plan_dispatch(dispatch_args(x=8), 8),
+    "num_experts": lambda: _cuda.plan_count(
+        _cuda.ScanArgs(num_tokens=1, num_topk=1, num_experts=1025, num_ranks=1), 8
+    ),
+    "the number of ranks": lambda: _cuda.plan_arrive(_cuda.ArriveArgs(num_ranks=73)),
+    "the slots of topk_idx": lambda: _cuda.plan_dispatch(dispatch_args(num_tokens=1 << 30), 8),
+}
+
+
+def dispatch_args(**changes: int) -> Any:
+    fields = {
+        "num_tokens": 4,
+        "num_topk": 4,
+        "row_bytes": 16384,
+        "out_row_bytes": 16384,
+        "alignment": 1,
+        "experts_per_rank": 8,
+    }
+    return _cuda.DispatchArgs(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("what", PLANS)
+def test_a_plan_refuses_what_the_kernels_are_not_made_for(what: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"expected {what} to be")):
+        PLANS[what]()
+
+
+def test_a_plan_says_all_of_a_launch() -> None:
+    launch = _cuda.plan_dispatch(dispatch_args(num_tokens=100), 8)
+    assert (launch.kernel, launch.grid, launch.block) == ("ep_dispatch_kernel", 7, 512)
+    assert _cuda.plan_dispatch(dispatch_args(num_tokens=10_000), 8).grid == 8
+    assert int.from_bytes(launch.params[48:56], "little") == 100
