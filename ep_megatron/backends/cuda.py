@@ -211,16 +211,6 @@ class CudaBackend:
         self._meeting.close("it was destroyed")
         self._device.close()
 
-    @property
-    def num_bytes_committed(self) -> int:
-        """Bytes of GPU memory that this rank has for rows."""
-        return self._arena.num_bytes_committed
-
-    @property
-    def num_bytes_in_use(self) -> int:
-        """Bytes of it that tensors view, or that peers may still read."""
-        return self._arena.num_bytes_in_use
-
     # -- dispatch ---------------------------------------------------------------------------------
 
     def _describe(

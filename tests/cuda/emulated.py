@@ -1,0 +1,238 @@
+"""An emulated GPU as a `Device`, and ranks as threads: the CUDA backend on a CPU.
+
+Kernels are the PTX out of the built extension; tests/emulator executes it. A rank's tensors are
+ordinary CPU tensors, copied into emulated memory before a call and out of it after.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_megatron import _cuda
+from ep_megatron.backends.cuda import CudaBackend
+from ep_megatron.backends.device import HostMemory, Launch, Memory
+from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.process_group import ProcessGroupBackend
+from ep_megatron.config import BufferConfig
+from tests.cuda.fatbin import embedded_ptx
+from tests.emulator.machine import Machine
+
+NUM_SMS = 3
+
+
+@cache
+def shipped_ptx() -> list[str]:
+    """Return the PTX that the extension holds."""
+    assert _cuda.__file__ is not None
+    return embedded_ptx(Path(_cuda.__file__))
+
+
+class EmulatedHostMemory:
+    """See `HostMemory`; it lies in the machine like all else."""
+
+    def __init__(self, machine: Machine, rank: int, num_bytes: int) -> None:
+        self._machine, self._rank, self._num_bytes = machine, rank, num_bytes
+        self.device_address = machine.allocate(rank, num_bytes, name="host memory")
+        self.write(bytes(num_bytes))
+
+    def read(self) -> bytes:
+        data: bytes = self._machine.read(self._rank, self.device_address, self._num_bytes)
+        return data
+
+    def write(self, data: bytes) -> None:
+        self._machine.write(self._rank, self.device_address, data)
+
+    def word(self) -> int:
+        return int.from_bytes(self.read()[:4], "little")
+
+
+class EmulatedDevice:
+    """See `Device`."""
+
+    num_sms = NUM_SMS
+
+    def __init__(self, machine: Machine, rank: int) -> None:
+        self._machine, self._rank = machine, rank
+        self.launches: list[Launch] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        address = self._machine.allocate(self._rank, num_bytes, name="workspace")
+        self._machine.write(self._rank, address, bytes(num_bytes))
+        return address
+
+    def allocate_shared(self, num_bytes: int, is_zeroed: bool) -> tuple[int, bytes]:
+        address = self._machine.allocate(self._rank, num_bytes, symmetric=True, name="shared")
+        if is_zeroed:
+            self._machine.write(self._rank, address, bytes(num_bytes))
+        return address, address.to_bytes(8, "little")
+
+    def open_shared(self, handle: bytes) -> int:
+        return int.from_bytes(handle, "little")
+
+    def allocate_host(self, num_bytes: int) -> HostMemory:
+        return EmulatedHostMemory(self._machine, self._rank, num_bytes)
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        yield
+
+    def launch(self, launch: Launch) -> None:
+        self.launches.append(launch)
+        self._machine.launch(
+            self._rank, launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.params
+        )
+
+    def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
+        assert isinstance(memory, EmulatedHostMemory)
+        self._machine.synchronize(self._rank)
+        return memory.word() == epoch
+
+    def input(self, tensor: Tensor) -> Memory:
+        data = tensor.contiguous().view(-1).view(torch.uint8)
+        address = self._machine.allocate(self._rank, max(len(data), 16), name="input")
+        if len(data):
+            self._machine.write(self._rank, address, data.numpy())
+        return Memory(address, tensor.dtype, tensor.shape, self)
+
+    def arena_address(self, tensor: Tensor) -> int | None:
+        return None
+
+    def output(self, dtype: torch.dtype, shape: Sequence[int]) -> Memory:
+        num_bytes = max(torch.Size(shape).numel() * dtype.itemsize, 16)
+        address = self._machine.allocate(self._rank, num_bytes, name="output")
+        return Memory(address, dtype, shape, self)
+
+    def tensor(self, output: Memory) -> Tensor:
+        return self._read(output.address, output.num_bytes).view(output.dtype).view(*output.shape)
+
+    def views(self, address: int, num_bytes: int, free: Callable[[], None]) -> Tensor:
+        data = self._read(address, num_bytes)
+        free()
+        return data
+
+    def close(self) -> None:
+        self._machine.synchronize(self._rank)
+
+    def _read(self, address: int, num_bytes: int) -> Tensor:
+        self._machine.synchronize(self._rank)
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        data = self._machine.read(self._rank, address, num_bytes)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+class _Table:
+    """Where threads that are ranks lay their messages for each other."""
+
+    def __init__(self, num_ranks: int, when_all_met: Callable[[], None] | None = None) -> None:
+        self.messages: list[Any] = [None] * num_ranks
+        self.barrier = threading.Barrier(num_ranks, action=when_all_met)
+
+    def lay(self, rank: int, message: Any) -> list[Any]:
+        """Return all ranks' messages; a second wait must follow before the next."""
+        self.messages[rank] = message
+        self.barrier.wait(120)
+        return list(self.messages)
+
+
+class ThreadMeeting(Meeting):
+    """A `Meeting` of threads."""
+
+    def __init__(self, rank: int, table: _Table) -> None:
+        self.rank, self.num_ranks, self.timeout = rank, len(table.messages), 120.0
+        self._table = table
+
+    def exchange(self, operation: str, message: Tensor) -> Tensor:
+        received = torch.stack(self._table.lay(self.rank, message.clone()))
+        self._table.barrier.wait(self.timeout)
+        return received
+
+
+class ThreadReference(ProcessGroupBackend):
+    """The process group backend, whose bits are the reference, between threads."""
+
+    def __init__(self, rank: int, table: _Table) -> None:
+        self._meeting = ThreadMeeting(rank, table)
+        self.rank, self.num_ranks = rank, len(table.messages)
+        self._num_calls, self._table = 0, table
+
+    def _all_to_all(
+        self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
+    ) -> Tensor:
+        sent = self._table.lay(self.rank, values.split(send_counts))
+        received = torch.cat([parts[self.rank] for parts in sent])
+        assert len(received) == sum(recv_counts)
+        self._table.barrier.wait(self._meeting.timeout)
+        return received
+
+
+class Ranks:
+    """`num_ranks` emulated GPUs with the CUDA backend on each, and the reference beside it.
+
+    Args:
+        num_ranks: of threads, and GPUs.
+        seed: of the interleaving.
+        mode: see tests/emulator/README.md.
+        config: of the backends.
+    """
+
+    def __init__(
+        self, num_ranks: int, seed: int = 0, mode: str = "plain", config: BufferConfig | None = None
+    ) -> None:
+        self.machine = Machine(num_ranks, seed=seed, mode=mode)
+        for ptx in shipped_ptx():
+            self.machine.load(ptx)
+        self.num_ranks = num_ranks
+        self._tables = [_Table(num_ranks, self.machine.meet), _Table(num_ranks)]
+        self.devices = [EmulatedDevice(self.machine, rank) for rank in range(num_ranks)]
+        config = config or BufferConfig(timeout=1e6, num_sms=NUM_SMS)
+        self.backends: list[CudaBackend] = self._on_threads(
+            lambda rank: CudaBackend(
+                ThreadMeeting(rank, self._tables[0]), self.devices[rank], config
+            )
+        )
+
+        self.references = [ThreadReference(rank, self._tables[1]) for rank in range(num_ranks)]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return every rank's `function(backend, reference, *args)`; raise the first error."""
+        return self._on_threads(
+            lambda rank: function(self.backends[rank], self.references[rank], *args)
+        )
+
+    def _on_threads(self, action: Callable[[int], Any]) -> list[Any]:
+        results: list[Any] = [None] * self.num_ranks
+        errors: list[BaseException | None] = [None] * self.num_ranks
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = action(rank)
+            except BaseException as error:
+                errors[rank] = error
+                for table in self._tables:
+                    table.barrier.abort()
+
+        threads = [
+            threading.Thread(target=work, args=(rank,), daemon=True)
+            for rank in range(self.num_ranks)
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 300
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            assert not thread.is_alive(), "a rank did not come to an end"
+        for table in self._tables:
+            table.barrier.reset()
+        # A broken barrier is what the others see of a rank's error.
+        first = [e for e in errors if e and not isinstance(e, threading.BrokenBarrierError)]
+        if first:
+            raise first[0]
+        return results
