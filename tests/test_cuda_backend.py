@@ -3,6 +3,7 @@
 The kernels are those of the built extension; see tests/cuda/emulated.py.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import FP8, MXFP8, Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 from tests.routing import CASES, Case
@@ -105,4 +107,140 @@ def test_every_operation_gives_the_bits_of_the_reference(case: Case) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for expand in (False, True):
             ranks.run(check_case, case, dtype, expand)
+    no_report(ranks)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["race", "weak"])
+def test_no_interleaving_races_or_changes_a_bit(mode: str, seed: int) -> None:
+    for name in ("three ranks", "an expert repeated in a token"):
+        case = next(case for case in SMALL if case.name == name)
+        ranks = Ranks(case.num_ranks, seed, mode)
+        for expand in (False, True):
+            ranks.run(check_case, case, torch.bfloat16, expand)
+        no_report(ranks)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=["fp8", "packed_columns", "mxfp8_columns"])
+def test_rows_are_cast_on_their_way(recipe: Fp8Recipe) -> None:
+    case = Case("cast", (6, 7, 5), hidden=1024, alignment=4)
+    ranks = Ranks(case.num_ranks)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        ranks.run(check_fp8, case, recipe, dtype)
+    no_report(ranks)
+
+
+def routing_of(case: Case, rank: int) -> Routing:
+    return Routing(case.topk_idx(rank), case.num_experts, True, case.alignment)
+
+
+def error_of(action: Callable[[], object]) -> str:
+    with pytest.raises(ValueError, match="dispatch") as caught:
+        action()
+    return str(caught.value)
+
+
+def check_errors(backend: Backend, _: Backend, case: Case) -> list[str]:
+    """Each of these raises on all ranks, and the next call goes on."""
+    rank = backend.rank
+    x, routing = case.x(rank, torch.bfloat16), routing_of(case, rank)
+    wrong = routing.topk_idx.clone()
+    if rank == 1:
+        wrong[2, 1] = case.num_experts
+    other = torch.float16 if rank == 0 else torch.bfloat16
+    errors = [
+        error_of(lambda: backend.dispatch(Rows(x), replace(routing, topk_idx=wrong))),
+        error_of(lambda: backend.dispatch(Rows(x.to(other)), routing)),
+    ]
+    if rank == 0:
+        backend.fail("dispatch", "a reason")
+    else:
+        errors.append(error_of(lambda: backend.dispatch(Rows(x), routing)))
+    wide = torch.zeros(len(x), 16400, dtype=torch.bfloat16)
+    errors.append(error_of(lambda: backend.dispatch(Rows(wide if rank else x), routing)))
+    _, handle = backend.dispatch(Rows(x), routing)
+    y = torch.zeros(handle.num_recv_rows, case.hidden)
+    assert not backend.combine(Rows(y), handle)[0].any()
+    return errors
+
+
+def test_bad_calls_raise_on_every_rank_and_the_next_goes_on() -> None:
+    case = Case("errors", (5, 6, 7))
+    ranks = Ranks(3)
+    errors = ranks.run(check_errors, case)
+    assert errors[1] == errors[2]
+    assert errors[0][:2] == errors[1][:2]
+    assert (
+        "rank 1: expected topk_idx to be in [0, 9), or -1 for an unused slot, got 9" in errors[0][0]
+    )
+    assert "float16 on rank 0 and bfloat16 on rank 1, 2" in errors[0][1]
+    assert "rank 0: a reason" in errors[1][2]
+    assert "rank 2: expected hidden to be at most 16384" in errors[0][2]
+    no_report(ranks)
+
+
+def check_growth(backend: Backend, reference: Backend, case: Case) -> None:
+    for hidden in (4096, 16384):
+        grown = replace(case, hidden=hidden)
+        check_case(backend, reference, grown, torch.bfloat16, True)
+
+
+def test_memory_grows_on_all_ranks_together() -> None:
+    case = Case("growth", (60, 5), num_topk=4, style="first_rank")
+    config = BufferConfig(timeout=1e9, num_sms=2, initial_bytes=0)
+    ranks = Ranks(2, config=config)
+    ranks.run(check_growth, case)
+    committed = [backend._arena.num_bytes_committed for backend in ranks.backends]
+    assert committed[0] > committed[1] >= 1 << 20
+    assert all(b._arena.num_bytes_in_use <= committed[r] for r, b in enumerate(ranks.backends))
+    no_report(ranks)
+
+
+def check_no_room(backend: Backend, _: Backend, case: Case) -> str:
+    x, routing = case.x(backend.rank, torch.bfloat16), routing_of(case, backend.rank)
+    with pytest.raises(RuntimeError, match="exceed max_bytes") as caught:
+        backend.dispatch(Rows(x), routing)
+    small, _ = backend.dispatch(Rows(x[:, :8].contiguous()), routing)
+    assert small.x.shape[1] == 8
+    return str(caught.value)
+
+
+def test_a_rank_without_room_raises_on_all() -> None:
+    case = Case("no room", (60, 5), num_topk=4, style="first_rank", hidden=16384)
+    ranks = Ranks(2, config=BufferConfig(timeout=1e9, num_sms=2, max_bytes=2 << 20))
+    assert len(set(ranks.run(check_no_room, case))) == 1
+
+
+def check_late(backend: Backend, _: Backend, case: Case) -> str:
+    if backend.rank == 1:
+        return ""
+    x, routing = case.x(backend.rank, torch.bfloat16), routing_of(case, backend.rank)
+    with pytest.raises(RuntimeError, match="got nothing from rank 1") as caught:
+        backend.dispatch(Rows(x), routing)
+    with pytest.raises(RuntimeError, match="broke down"):
+        backend.dispatch(Rows(x), routing)
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    ranks = Ranks(3, config=BufferConfig(timeout=3.0, num_sms=2))
+    ranks.run(check_late, Case("late", (5, 6, 7)))
+    no_report(ranks)
+
+
+def check_special_sums(backend: Backend, _: Backend) -> None:
+    """One addend keeps its bits; a NaN that was summed is the quiet one without payload."""
+    topk_idx = torch.tensor([[0, 1], [0, -1], [-1, -1]])
+    expanded = Routing(topk_idx, 2, expand=True)
+    _, handle = backend.dispatch(Rows(torch.zeros(3, 8, dtype=torch.bfloat16)), expanded)
+    payload = torch.full((handle.num_recv_rows, 8), -0x3F, dtype=torch.int16)
+    out = backend.combine(Rows(payload.view(torch.bfloat16)), handle)[0].view(torch.int16)
+    assert (out[0] == 0x7FC0).all()
+    assert (out[1] == -0x3F).all()
+    assert (out[2] == 0).all()
+
+
+def test_nans_and_single_rows() -> None:
+    ranks = Ranks(1)
+    ranks.run(check_special_sums)
     no_report(ranks)

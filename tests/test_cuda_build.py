@@ -74,7 +74,7 @@ def test_importing_needs_no_driver_and_a_device_says_what_is_missing() -> None:
 
 
 PLANS = {
-    "hidden": lambda: _cuda.plan_dispatch(dispatch_args(row_bytes=16400, out_row_bytes=16400), 8),
+    "hidden": lambda: _cuda.plan_dispatch(dispatch_args(row_bytes=16400 * 8), 8),
     "the columns of topk_idx": lambda: _cuda.plan_dispatch(dispatch_args(num_topk=33), 8),
     "the bytes of a row": lambda: _cuda.plan_dispatch(
         dispatch_args(row_bytes=24, out_row_bytes=24), 8

@@ -8,6 +8,7 @@ namespace ep::cuda {
 namespace {
 
 constexpr int64_t kTokensPerScanWarp = 8;  // fewer are not worth another block
+constexpr int kMaxItemBytes = 8;
 constexpr int64_t kStageBytesPerBlock = 64 * 1024;
 
 constexpr const char* kNames[] = {"bfloat16", "float16", "float32", "float64"};
@@ -157,7 +158,7 @@ Launch plan_arrive(const ArriveArgs& args) {
 
 Launch plan_dispatch(const DispatchArgs& args, int num_sms) {
     check_dispatch(args);
-    check_row("dispatch", args.row_bytes, 1);
+    check_row("dispatch", args.row_bytes, kMaxItemBytes);  // of whatever dtype
     require(args.out_row_bytes == args.row_bytes, "dispatch", "the bytes of a received row",
             text(args.row_bytes), args.out_row_bytes);
     return launch_rows("ep_dispatch_kernel", blocks_for(args.num_tokens, num_sms), args);

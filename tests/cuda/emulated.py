@@ -104,13 +104,18 @@ class EmulatedDevice:
     def arena_address(self, tensor: Tensor) -> int | None:
         return None
 
-    def output(self, dtype: torch.dtype, shape: Sequence[int]) -> Memory:
+    def output(
+        self, dtype: torch.dtype, shape: Sequence[int], into: Tensor | None = None
+    ) -> Memory:
         num_bytes = max(torch.Size(shape).numel() * dtype.itemsize, 16)
         address = self._machine.allocate(self._rank, num_bytes, name="output")
-        return Memory(address, dtype, shape, self)
+        return Memory(address, dtype, shape, into)
 
     def tensor(self, output: Memory) -> Tensor:
-        return self._read(output.address, output.num_bytes).view(output.dtype).view(*output.shape)
+        data = self._read(output.address, output.num_bytes).view(output.dtype).view(*output.shape)
+        if not isinstance(output.owner, Tensor):
+            return data
+        return output.owner.copy_(data)
 
     def views(self, address: int, num_bytes: int, free: Callable[[], None]) -> Tensor:
         data = self._read(address, num_bytes)
@@ -161,7 +166,7 @@ class ThreadReference(ProcessGroupBackend):
     def __init__(self, rank: int, table: _Table) -> None:
         self._meeting = ThreadMeeting(rank, table)
         self.rank, self.num_ranks = rank, len(table.messages)
-        self._num_calls, self._table = 0, table
+        self._num_calls, self._broken, self._table = 0, "", table
 
     def _all_to_all(
         self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
@@ -192,7 +197,7 @@ class Ranks:
         self.num_ranks = num_ranks
         self._tables = [_Table(num_ranks, self.machine.meet), _Table(num_ranks)]
         self.devices = [EmulatedDevice(self.machine, rank) for rank in range(num_ranks)]
-        config = config or BufferConfig(timeout=1e6, num_sms=NUM_SMS)
+        config = config or BufferConfig(timeout=1e9, num_sms=NUM_SMS)
         self.backends: list[CudaBackend] = self._on_threads(
             lambda rank: CudaBackend(
                 ThreadMeeting(rank, self._tables[0]), self.devices[rank], config
