@@ -140,7 +140,7 @@ def error_of(action: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def check_errors(backend: Backend, _: Backend, case: Case) -> list[str]:
+def check_errors(backend: Backend, _reference: Backend, case: Case) -> list[str]:
     """Each of these raises on all ranks, and the next call goes on."""
     rank = backend.rank
     x, routing = case.x(rank, torch.bfloat16), routing_of(case, rank)
@@ -196,7 +196,7 @@ def test_memory_grows_on_all_ranks_together() -> None:
     no_report(ranks)
 
 
-def check_no_room(backend: Backend, _: Backend, case: Case) -> str:
+def check_no_room(backend: Backend, _reference: Backend, case: Case) -> str:
     x, routing = case.x(backend.rank, torch.bfloat16), routing_of(case, backend.rank)
     with pytest.raises(RuntimeError, match="exceed max_bytes") as caught:
         backend.dispatch(Rows(x), routing)
@@ -211,7 +211,7 @@ def test_a_rank_without_room_raises_on_all() -> None:
     assert len(set(ranks.run(check_no_room, case))) == 1
 
 
-def check_late(backend: Backend, _: Backend, case: Case) -> str:
+def check_late(backend: Backend, _reference: Backend, case: Case) -> str:
     if backend.rank == 1:
         return ""
     x, routing = case.x(backend.rank, torch.bfloat16), routing_of(case, backend.rank)
@@ -228,7 +228,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     no_report(ranks)
 
 
-def check_special_sums(backend: Backend, _: Backend) -> None:
+def check_special_sums(backend: Backend, _reference: Backend) -> None:
     """One addend keeps its bits; a NaN that was summed is the quiet one without payload."""
     topk_idx = torch.tensor([[0, 1], [0, -1], [-1, -1]])
     expanded = Routing(topk_idx, 2, expand=True)

@@ -25,6 +25,7 @@ from tests.cuda.fatbin import embedded_ptx
 from tests.emulator.machine import Machine
 
 NUM_SMS = 3
+_HANG_SECONDS = 240
 
 
 @cache
@@ -63,7 +64,7 @@ class EmulatedDevice:
         self.launches: list[Launch] = []
 
     def allocate(self, num_bytes: int) -> int:
-        address = self._machine.allocate(self._rank, num_bytes, name="workspace")
+        address: int = self._machine.allocate(self._rank, num_bytes, name="workspace")
         self._machine.write(self._rank, address, bytes(num_bytes))
         return address
 
@@ -91,7 +92,7 @@ class EmulatedDevice:
 
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         assert isinstance(memory, EmulatedHostMemory)
-        self._machine.synchronize(self._rank)
+        self._synchronize()
         return memory.word() == epoch
 
     def input(self, tensor: Tensor) -> Memory:
@@ -123,10 +124,17 @@ class EmulatedDevice:
         return data
 
     def close(self) -> None:
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Run until this rank's kernels have ended; a rank may be long in launching its own."""
+        deadline = time.monotonic() + _HANG_SECONDS
+        while self._machine.advance(self._rank) and time.monotonic() < deadline:
+            time.sleep(0)
         self._machine.synchronize(self._rank)
 
     def _read(self, address: int, num_bytes: int) -> Tensor:
-        self._machine.synchronize(self._rank)
+        self._synchronize()
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         data = self._machine.read(self._rank, address, num_bytes)
