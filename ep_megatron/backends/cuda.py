@@ -21,7 +21,7 @@ from ep_megatron.backends.device_meeting import DeviceMeeting
 from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, recipe_of
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle, DispatchHandle
 
 _SUM_DTYPES = {
     torch.bfloat16: _cuda.DType.bfloat16,
@@ -144,7 +144,7 @@ class CudaBackend:
         copy_rows(received.rows, arrived)
         return received.rows
 
-    def new_combined(self, rows: Rows, handle: DispatchHandle) -> tuple[Tensor, Tensor | None]:
+    def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
         weights = rows.topk_weights
         if weights is not None:
