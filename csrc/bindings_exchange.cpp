@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <map>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -138,6 +141,41 @@ bool combine(Exchange& exchange,
     return exchange.combine(args);
 }
 
+/// Where the words of a segment's control part lie, in bytes, for whoever looks at a live group.
+std::map<std::string, size_t> control_layout() {
+    return {
+        {"magic", offsetof(Control, magic)},
+        {"rank", offsetof(Control, rank)},
+        {"num_ranks", offsetof(Control, num_ranks)},
+        {"epoch", offsetof(Control, epoch)},
+        {"operation", offsetof(Control, operation)},
+        {"gave_up", offsetof(Control, gave_up)},
+        {"gave_up_because", offsetof(Control, gave_up_because)},
+        {"posted", offsetof(Control, posted)},
+        {"finished", offsetof(Control, finished)},
+        {"flag_bytes", sizeof(Flag)},
+        {"grant", offsetof(Control, grant)},
+        {"grant.rows_offset", offsetof(Grant, rows_offset)},
+        {"grant.committed", offsetof(Grant, committed)},
+        {"grant.error", offsetof(Grant, error)},
+        {"posts", offsetof(Control, posts)},
+        {"post_bytes", sizeof(Post)},
+        {"post.epoch", offsetof(Post, epoch)},
+        {"post.error_kind", offsetof(Post, error_kind)},
+        {"post.call", offsetof(Post, call)},
+        {"post.error", offsetof(Post, error)},
+        {"post.rows_offset", offsetof(Post, rows_offset)},
+        {"post.rows_bytes", offsetof(Post, rows_bytes)},
+        {"post.weights_offset", offsetof(Post, weights_offset)},
+        {"post.committed", offsetof(Post, committed)},
+        {"post.posted_at", offsetof(Post, posted_at)},
+        {"post.num_tokens_per_rank", offsetof(Post, num_tokens_per_rank)},
+        {"post.num_tokens_per_expert", offsetof(Post, num_tokens_per_expert)},
+        {"error_bytes", kErrorBytes},
+        {"control_bytes", kControlBytes},
+    };
+}
+
 }  // namespace
 
 void bind_exchange(py::module_& m) {
@@ -168,6 +206,16 @@ void bind_exchange(py::module_& m) {
         .def_readonly("call", &Exchange::Report::call)
         .def_readonly("error", &Exchange::Report::error)
         .def_readonly("is_out_of_memory", &Exchange::Report::is_out_of_memory);
+    py::class_<PeerStatistics>(m, "PeerStatistics")
+        .def_readonly("num_last", &PeerStatistics::num_last)
+        .def_readonly("seconds_behind", &PeerStatistics::seconds_behind)
+        .def_readonly("seconds_waited", &PeerStatistics::seconds_waited)
+        .def_readonly("num_bytes", &PeerStatistics::num_bytes);
+    py::class_<CallStatistics>(m, "CallStatistics")
+        .def_readonly("num_calls", &CallStatistics::num_calls)
+        .def_readonly("seconds_waiting", &CallStatistics::seconds_waiting)
+        .def_readonly("seconds_finishing", &CallStatistics::seconds_finishing)
+        .def_readonly("peers", &CallStatistics::peers);
     py::class_<Exchange>(m, "Exchange")
         .def(py::init(&make_exchange), "folder"_a, "name"_a, "rank"_a, "num_ranks"_a, "max_bytes"_a,
              "max_view_bytes"_a, "streaming_bytes"_a, "num_threads"_a, "timeout"_a,
@@ -183,11 +231,13 @@ void bind_exchange(py::module_& m) {
         .def("allocate", &Exchange::allocate, "num_bytes"_a, no_gil)
         .def("interrupt", &Exchange::interrupt)
         .def("limit_threads", &Exchange::limit_threads, "num_threads"_a)
+        .def("statistics", &Exchange::statistics)
         .def("close", &Exchange::close, no_gil)
         .def_property_readonly("is_broken", &Exchange::is_broken)
         .def_property_readonly("committed", &Exchange::committed)
         .def_property_readonly("num_bytes_in_use", &Exchange::num_bytes_in_use);
     m.def("remove_stale_segments", &remove_stale_segments, "folder"_a, "prefix"_a, no_gil);
+    m.def("control_layout", &control_layout);
     m.attr("MAX_EXPERTS") = kMaxExperts;
 }
 

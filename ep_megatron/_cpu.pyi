@@ -72,6 +72,22 @@ class Report:
     error: str
     is_out_of_memory: bool
 
+class PeerStatistics:
+    """See csrc/cpu/statistics.h."""
+
+    num_last: int
+    seconds_behind: float
+    seconds_waited: float
+    num_bytes: int
+
+class CallStatistics:
+    """See csrc/cpu/statistics.h."""
+
+    num_calls: int
+    seconds_waiting: float
+    seconds_finishing: float
+    peers: list[PeerStatistics]
+
 class Exchange:
     """One rank's end of the shared-memory backend; see csrc/cpu/exchange.h."""
 
@@ -146,6 +162,9 @@ class Exchange:
     def allocate(self, num_bytes: int) -> Block | None: ...
     def interrupt(self) -> None: ...
     def limit_threads(self, num_threads: int) -> None: ...
+    def statistics(self) -> list[CallStatistics]:
+        """Return what was counted, by operation; from any thread, at any time."""
+
     def close(self) -> None: ...
     @property
     def is_broken(self) -> bool: ...
@@ -163,6 +182,9 @@ def sections(
     /,
 ) -> tuple[int, int, int, int]:
     """Return where (scales, weights, idx) of received rows start, and where the last end."""
+
+def control_layout() -> dict[str, int]:
+    """Return where the words of csrc/cpu/control.h lie in a segment, in bytes."""
 
 def remove_stale_segments(folder: str, prefix: str) -> int:
     """Remove segments whose owner died before it could; return how many."""

@@ -41,6 +41,7 @@ struct alignas(64) Post {
     uint64_t rows_bytes;      // dispatch: how many fit there
     uint64_t weights_offset;  // combine: where weights are
     uint64_t committed;       // bytes of the segment that are ready
+    double posted_at;         // seconds of the host's monotonic clock
     int32_t num_tokens_per_rank[kMaxRanks];
     int32_t num_tokens_per_expert[kMaxExperts];
 };
@@ -59,10 +60,11 @@ struct Control {
     uint64_t magic;
     uint32_t rank;
     uint32_t num_ranks;
-    std::atomic<uint32_t> epoch;      // the call this rank is in or has last made
-    std::atomic<uint32_t> operation;  // of that call: index into kOperations
-    std::atomic<uint32_t> gave_up;    // the call this rank left without finishing it, 0 if none
-    Flag posted[kMaxRanks];           // by source rank
+    std::atomic<uint32_t> epoch;        // the call this rank is in or has last made
+    std::atomic<uint32_t> operation;    // of that call: index into kOperations
+    std::atomic<uint32_t> gave_up;      // the call this rank left without finishing it, 0 if none
+    char gave_up_because[kErrorBytes];  // written before gave_up
+    Flag posted[kMaxRanks];             // by source rank
     Flag finished[kMaxRanks];
     Grant grant;
     Post posts[2];

@@ -6,9 +6,16 @@
 #include <limits>
 
 #include "core/errors.h"
+#include "cpu/peers.h"
 
 namespace ep {
 namespace {
+
+/// Every rank finds the same reason in the posts and throws it; no row has moved, and no rank
+/// raises its flag for this call: the next call goes on.
+struct AgreedFailure : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
 
 constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
 constexpr int kMaxTopk = 128;
@@ -87,19 +94,22 @@ Exchange::Exchange(
 }
 
 void Exchange::attach(const std::vector<std::string>& names) {
+    if (names.size() != segments_.size())
+        fail("Buffer: expected ", segments_.size(), " segment names, got ", names.size());
     for (int rank = 0; rank < static_cast<int>(names.size()); ++rank) {
         if (rank == rank_) continue;
         const std::string& name = names[static_cast<size_t>(rank)];
         auto segment = Segment::open(folder_, name);
         if (segment->num_bytes() < kControlBytes) fail(name, " is too small to be a segment");
+        segment->populate(kControlBytes);
         const auto* control = reinterpret_cast<const Control*>(segment->base());
         if (control->magic != kMagic || control->rank != static_cast<uint32_t>(rank) ||
             control->num_ranks != segments_.size())
             fail(name, " is not the segment of rank ", rank, " of ", segments_.size());
-        segment->populate(kControlBytes);
         segments_[static_cast<size_t>(rank)] = std::move(segment);
     }
     meeting_ = std::make_unique<Meeting>(rank_, segments_, options_.wait);
+    statistics_ = std::make_unique<Statistics>(rank_, num_ranks());
 }
 
 void Exchange::begin(uint32_t operation, const std::vector<int64_t>& call) {
@@ -124,6 +134,21 @@ bool Exchange::meet() {
     return meeting_->is_agreed();
 }
 
+/// Run what follows a post. Where it fails on this rank alone, the group ends: the others count on
+/// what it would have done. They may write into `block`, and read it, long after: it stays.
+template <class Call>
+auto Exchange::take_part(const std::shared_ptr<Block>& block, const Call& call) {
+    try {
+        return call();
+    } catch (const AgreedFailure&) {
+        throw;
+    } catch (const std::exception& error) {
+        retired_ = block;
+        if (meeting_->is_broken()) throw;
+        meeting_->break_down(error.what());
+    }
+}
+
 void Exchange::report_failure(uint32_t operation, const std::string& error) {
     const std::lock_guard lock(mutex_);
     begin(operation, {});
@@ -136,9 +161,10 @@ std::vector<Exchange::Report> Exchange::reports() const {
     std::vector<Report> reports;
     for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
         const Post& post = meeting_->post_of(rank);
-        reports.push_back({{std::begin(post.call), std::end(post.call)},
-                           post.error_kind == kNoError ? "" : post.error,
-                           post.error_kind == kNoMemory});
+        const uint32_t kind = post.error_kind;
+        std::string error = kind == kNoError ? "" : text_of(post.error);
+        if (kind != kNoError && error.empty()) error = "it gives no reason";
+        reports.push_back({{std::begin(post.call), std::end(post.call)}, error, kind == kNoMemory});
     }
     return reports;
 }
@@ -149,52 +175,70 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
     const std::lock_guard lock(mutex_);
     begin(args.operation, args.call);
     Post& post = meeting_->own_post();
-    const bool is_fresh = args.operation == kDispatch;
-    if (is_fresh) {
-        std::fill_n(post.num_tokens_per_rank, args.routing.num_ranks, 0);
-        std::fill_n(post.num_tokens_per_expert, args.routing.num_experts, 0);
-        const int64_t wrong =
-            count_tokens(args.routing, post.num_tokens_per_rank, post.num_tokens_per_expert);
+    OwnCounts own;
+    if (args.operation == kDispatch) {
+        const int64_t wrong = own.count(args.routing);
+        own.write(post);
         if (wrong != kAllInRange)
             write_error(post, kBadArguments,
                         text("expected topk_idx to be in [0, ", args.routing.num_experts,
                              "), or -1 for an unused slot, got ", wrong));
     }
     std::shared_ptr<Block> block = args.block != nullptr ? args.block : arena_->allocate_largest();
+    Offer offer{kNoPlace, 0, kNoPlace, 0};
+    std::exception_ptr announcing;
     if (block != nullptr) {
-        post.rows_offset = block->offset();
-        post.rows_bytes = block->num_bytes();
+        post.rows_offset = offer.rows_offset = block->offset();
+        post.rows_bytes = offer.rows_bytes = block->num_bytes();
     }
-    Dispatched result;
-    result.is_agreed = meet();
-    if (!result.is_agreed) return result;
+    const Dispatched result = take_part(block, [&] {
+        return meet() ? dispatch_agreed(args, own, offer, block, announcing) : Dispatched{};
+    });
+    if (announcing != nullptr) std::rethrow_exception(announcing);
+    return result;
+}
 
-    Totals totals;
-    result = plan(args, totals);
-    const std::vector<char*> rows = places(args, result.num_rows_per_rank, block);
-    if (is_fresh) make_routes(args.routing, totals, rank_, args.routes);
+Dispatched Exchange::dispatch_agreed(const DispatchArgs& args,
+                                     const OwnCounts& own,
+                                     const Offer& offer,
+                                     std::shared_ptr<Block>& block,
+                                     std::exception_ptr& announcing) {
+    const Routing& routing = args.routing;
+    PeerCounts counts(routing, rank_, own);
+    Dispatched result = plan(args, counts);
+    const std::vector<char*> rows = places(args, result.num_rows_per_rank, offer, block);
+    if (args.operation == kDispatch) make_routes(routing, counts.totals(), rank_, args.routes);
+    const RouteTotals totals(args.routes, routing.num_tokens, routing.num_topk, num_ranks());
     std::vector<Target> targets;
-    for (size_t rank = 0; rank < rows.size(); ++rank)
+    for (size_t rank = 0; rank < rows.size(); ++rank) {
+        if (totals.end_row[rank] > result.num_rows_per_rank[rank])
+            fail("the handle leads to row ", totals.end_row[rank] - 1, " of ",
+                 result.num_rows_per_rank[rank], " on rank ", rank);
         targets.push_back({rows[rank], Sections(args.row_bytes, result.num_rows_per_rank[rank],
-                                                args.routing.num_topk, args.routing.expand)});
+                                                routing.num_topk, routing.expand)});
+    }
     result.block = block;
     result.must_copy = arena_->num_bytes_in_use() > options_.max_view_bytes;
-    std::exception_ptr error;
     try {
         if (args.on_planned) args.on_planned(result);
     } catch (...) {
-        error = std::current_exception();
+        announcing = std::current_exception();
     }
     push(args, targets);
     clear_padding(args, result);
     meeting_->finish();
+    const double start = monotonic_seconds();
     meeting_->wait_finished();
-    if (error != nullptr) std::rethrow_exception(error);
+    const size_t columns = routing.expand ? 1 : static_cast<size_t>(routing.num_topk);
+    const RowBytes& bytes = args.row_bytes;
+    statistics_->add(args.operation, meeting_->posting_times(), monotonic_seconds() - start,
+                     totals.num_rows,
+                     bytes.x + bytes.scales + columns * (bytes.weights + bytes.idx));
     return result;
 }
 
 /// What follows from all ranks' counts; for a cached dispatch, from its handle.
-Dispatched Exchange::plan(const DispatchArgs& args, Totals& totals) const {
+Dispatched Exchange::plan(const DispatchArgs& args, PeerCounts& counts) const {
     const Routing& routing = args.routing;
     Dispatched result;
     result.is_agreed = true;
@@ -203,11 +247,8 @@ Dispatched Exchange::plan(const DispatchArgs& args, Totals& totals) const {
         result.valid_per_expert = args.valid_per_expert;
         return result;
     }
-    for (int rank = 0; rank < routing.num_ranks; ++rank) {
-        const Post& post = meeting_->post_of(rank);
-        totals.per_rank.push_back(post.num_tokens_per_rank);
-        totals.per_expert.push_back(post.num_tokens_per_expert);
-    }
+    for (int rank = 0; rank < routing.num_ranks; ++rank) counts.read(rank, meeting_->post_of(rank));
+    const Totals totals = counts.totals();
     for (int rank = 0; rank < routing.num_ranks; ++rank) {
         const auto source = static_cast<size_t>(rank);
         result.num_rows_per_rank.push_back(totals.num_rows(routing, rank));
@@ -224,21 +265,22 @@ Dispatched Exchange::plan(const DispatchArgs& args, Totals& totals) const {
 /// waits for those to offer more; if one cannot, all throw.
 std::vector<char*> Exchange::places(const DispatchArgs& args,
                                     const std::vector<int64_t>& num_rows,
+                                    const Offer& own_offer,
                                     std::shared_ptr<Block>& block) {
+    for (int64_t rows : num_rows)
+        if (rows < 0 || rows > std::numeric_limits<int32_t>::max())
+            throw AgreedFailure(text(kOperations[args.operation],
+                                     ": expected at most 2147483647 rows on a rank, got ", rows));
     const auto num_bytes = [&](int rank) {
         return Sections(args.row_bytes, num_rows[static_cast<size_t>(rank)], args.routing.num_topk,
                         args.routing.expand)
             .end;
     };
-    const auto is_enough = [&](int rank) {
-        const Post& post = meeting_->post_of(rank);
-        return post.rows_offset != kNoPlace && num_bytes(rank) <= post.rows_bytes;
+    const auto is_enough = [&](int rank, const Offer& offer) {
+        return offer.rows_offset != kNoPlace && num_bytes(rank) <= offer.rows_bytes;
     };
-    for (int64_t rows : num_rows)
-        if (rows > std::numeric_limits<int32_t>::max())
-            fail(kOperations[args.operation], ": expected at most 2147483647 rows on a rank, got ",
-                 rows);
-    if (is_enough(rank_)) {
+    Offer own = own_offer;
+    if (is_enough(rank_, own)) {
         arena_->trim(*block, num_bytes(rank_));
     } else {
         block = nullptr;
@@ -248,31 +290,27 @@ std::vector<char*> Exchange::places(const DispatchArgs& args,
         } catch (const std::exception& exception) {
             error = exception.what();
         }
-        meeting_->grant(block == nullptr ? kNoPlace : block->offset(), arena_->committed(), error);
+        own.rows_offset = block == nullptr ? kNoPlace : block->offset();
+        meeting_->grant(own.rows_offset, arena_->committed(), error);
     }
+    own.committed = arena_->committed();
     std::vector<char*> starts;
     std::string errors;
     for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
-        const Post& post = meeting_->post_of(rank);
-        uint64_t offset = post.rows_offset, committed = post.committed;
-        if (!is_enough(rank)) {
-            const Grant& grant = meeting_->granted_by(rank);
-            offset = grant.rows_offset;
-            committed = grant.committed;
-            if (offset == kNoPlace)
-                errors += text(errors.empty() ? "" : "; ", "rank ", rank, ": ", grant.error);
-        }
-        Segment& segment = *segments_[static_cast<size_t>(rank)];
-        if (offset != kNoPlace && offset + num_bytes(rank) > segment.num_bytes())
-            fail("rank ", rank, " offers memory that it does not have");
-        if (rank != rank_) segment.populate(std::min<size_t>(committed, segment.num_bytes()));
-        starts.push_back(segment.base() + offset);
+        Offer offer = rank == rank_ ? own : offer_of(meeting_->post_of(rank));
+        if (rank != rank_ && !is_enough(rank, offer)) offer = offer_of(meeting_->granted_by(rank));
+        if (offer.rows_offset == kNoPlace)
+            errors += text(errors.empty() ? "" : "; ", "rank ", rank, ": ",
+                           text_of(meeting_->granted_by(rank).error));
+        else
+            starts.push_back(checked_place(*segments_[static_cast<size_t>(rank)], rank,
+                                           offer.rows_offset, num_bytes(rank), offer.committed,
+                                           Arena::kAlignment));
     }
     if (errors.empty()) return starts;
-    // No row has moved, and no rank will raise its flag for this call: the next call goes on.
     block = nullptr;
-    fail(kOperations[args.operation], ": expected room for all rows, got ", errors,
-         "; raise max_bytes or free memory in ", folder_);
+    throw AgreedFailure(text(kOperations[args.operation], ": expected room for all rows, got ",
+                             errors, "; raise max_bytes or free memory in ", folder_));
 }
 
 void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets) {
@@ -404,12 +442,20 @@ bool Exchange::combine(const CombineArgs& args) {
     }
     post.rows_offset = staged.rows_offset;
     post.weights_offset = staged.weights_offset;
-    if (!meet()) return false;
-    pull(args);
-    meeting_->finish();
-    lent_ = staged.block;
-    if (staged.is_borrowed) meeting_->wait_finished();
-    return true;
+    return take_part(staged.block, [&] {
+        if (!meet()) return false;
+        const std::vector<int64_t> num_rows = pull(args);
+        // A rank that left this call by an error may have put other rows where ours were.
+        meeting_->check_all_stayed();
+        meeting_->finish();
+        lent_ = staged.block;
+        const double start = monotonic_seconds();
+        if (staged.is_borrowed) meeting_->wait_finished();
+        const size_t columns = args.expand ? 1 : static_cast<size_t>(args.num_topk);
+        statistics_->add(kCombine, meeting_->posting_times(), monotonic_seconds() - start, num_rows,
+                         args.hidden * item_size(args.dtype) + columns * args.weight_bytes);
+        return true;
+    });
 }
 
 /// Put what peers will read into the arena; rows that are there already stay where they are.
@@ -443,20 +489,25 @@ Exchange::Staged Exchange::stage(const CombineArgs& args) {
     return staged;
 }
 
-void Exchange::pull(const CombineArgs& args) {
+/// Returns how many rows came from each rank.
+std::vector<int64_t> Exchange::pull(const CombineArgs& args) {
     const size_t row_bytes = args.hidden * item_size(args.dtype);
     const auto num_topk = static_cast<size_t>(args.num_topk);
     const bool is_streaming = streams(static_cast<size_t>(args.num_tokens) * row_bytes);
+    const RouteTotals totals(args.routes, args.num_tokens, args.num_topk, num_ranks());
     std::vector<const char*> rows, weights;
     for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
-        const Post& post = meeting_->post_of(rank);
-        Segment& segment = *segments_[static_cast<size_t>(rank)];
-        if (rank != rank_) segment.populate(std::min<size_t>(post.committed, segment.num_bytes()));
-        const auto at = [&](uint64_t offset) -> const char* {
-            return offset == kNoPlace ? nullptr : segment.base() + offset;  // no row comes from it
+        const Offer offer = offer_of(meeting_->post_of(rank));
+        const auto num_rows = static_cast<size_t>(totals.end_row[static_cast<size_t>(rank)]);
+        const auto place = [&](uint64_t offset, size_t num_bytes, size_t alignment) {
+            if (num_bytes == 0) return static_cast<const char*>(nullptr);  // nothing comes from it
+            return static_cast<const char*>(checked_place(*segments_[static_cast<size_t>(rank)],
+                                                          rank, offset, num_bytes, offer.committed,
+                                                          alignment));
         };
-        rows.push_back(at(post.rows_offset));
-        weights.push_back(at(post.weights_offset));
+        rows.push_back(place(offer.rows_offset, num_rows * row_bytes, 1));
+        weights.push_back(place(offer.weights_offset,
+                                num_rows * args.weight_bytes * (args.expand ? 1 : num_topk), 8));
     }
     const RowKernels& kernels = row_kernels();
     workers_.run(args.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
@@ -491,6 +542,7 @@ void Exchange::pull(const CombineArgs& args) {
     });
     if (args.weight_bytes == 4) pull_weights<float>(args, weights);
     if (args.weight_bytes == 8) pull_weights<double>(args, weights);
+    return totals.num_rows;
 }
 
 template <class Weight>
@@ -526,6 +578,10 @@ std::shared_ptr<Block> Exchange::allocate(size_t num_bytes) {
     } catch (const std::exception&) {
         return nullptr;  // ordinary memory will do
     }
+}
+
+std::vector<CallStatistics> Exchange::statistics() const {
+    return statistics_ == nullptr ? std::vector<CallStatistics>{} : statistics_->copy();
 }
 
 void Exchange::close() {

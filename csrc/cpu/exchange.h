@@ -1,6 +1,7 @@
 #pragma once
 // Dispatch and combine between the ranks of one host: every row goes straight to its address.
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -11,8 +12,10 @@
 #include "cpu/arena.h"
 #include "cpu/fp8_rows.h"
 #include "cpu/meeting.h"
+#include "cpu/peers.h"
 #include "cpu/plan.h"
 #include "cpu/rows.h"
+#include "cpu/statistics.h"
 #include "cpu/workers.h"
 
 namespace ep {
@@ -133,6 +136,9 @@ class Exchange {
     }
     /// Move rows on at most as many threads, within `options.num_threads`.
     void limit_threads(int num_threads) { workers_.limit(num_threads); }
+    /// Copies of what was counted, one per operation; any thread may ask, at any time.
+    std::vector<CallStatistics> statistics() const;
+
     void close();
     int num_ranks() const { return static_cast<int>(segments_.size()); }
     /// Whether a call broke down: no other will go on.
@@ -150,14 +156,22 @@ class Exchange {
     }
     void begin(uint32_t operation, const std::vector<int64_t>& call);
     bool meet();
-    Dispatched plan(const DispatchArgs& args, Totals& totals) const;
+    template <class Call>
+    auto take_part(const std::shared_ptr<Block>& block, const Call& call);
+    Dispatched dispatch_agreed(const DispatchArgs& args,
+                               const OwnCounts& own,
+                               const Offer& offer,
+                               std::shared_ptr<Block>& block,
+                               std::exception_ptr& announcing);
+    Dispatched plan(const DispatchArgs& args, PeerCounts& counts) const;
     std::vector<char*> places(const DispatchArgs& args,
                               const std::vector<int64_t>& num_rows,
+                              const Offer& own_offer,
                               std::shared_ptr<Block>& block);
     void push(const DispatchArgs& args, const std::vector<Target>& targets);
     void clear_padding(const DispatchArgs& args, const Dispatched& result);
     Staged stage(const CombineArgs& args);
-    void pull(const CombineArgs& args);
+    std::vector<int64_t> pull(const CombineArgs& args);
     template <class Weight>
     void pull_weights(const CombineArgs& args, const std::vector<const char*>& peers);
 
@@ -168,7 +182,9 @@ class Exchange {
     std::shared_ptr<Arena> arena_;
     std::vector<std::shared_ptr<Segment>> segments_;
     std::unique_ptr<Meeting> meeting_;
-    std::shared_ptr<Block> lent_;  // peers may read it until they have finished the last call
+    std::unique_ptr<Statistics> statistics_;
+    std::shared_ptr<Block> lent_;     // peers may read it until they have finished the last call
+    std::shared_ptr<Block> retired_;  // of a call that broke down: late ranks may still write there
     Workers workers_;
     std::mutex mutex_;
 };

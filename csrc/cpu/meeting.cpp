@@ -3,7 +3,6 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <climits>
@@ -11,18 +10,14 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/peers.h"
+#include "cpu/statistics.h"
 
 namespace ep {
 namespace {
 
 constexpr long kLookAroundNanoseconds = 50'000'000;
 constexpr int kPausesPerLook = 32;  // at the clock
-
-double now() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
 
 void pause() {
 #if defined(__x86_64__)
@@ -91,7 +86,11 @@ void Meeting::raise_in_peers(Flag (Control::*flags)[kMaxRanks]) {
     }
 }
 
-void Meeting::post() { raise_in_peers(&Control::posted); }
+void Meeting::post() {
+    own_post().posted_at = monotonic_seconds();
+    raise_in_peers(&Control::posted);
+}
+
 void Meeting::finish() { raise_in_peers(&Control::finished); }
 void Meeting::wait_posted() { wait_for(&Control::posted, "to begin"); }
 void Meeting::wait_finished() { wait_for(&Control::finished, "to finish"); }
@@ -118,8 +117,8 @@ void Meeting::wait(const std::atomic<uint32_t>& word,
                    const IsMissing& is_missing,
                    Sleep sleep) {
     if (is_reached(word, epoch_)) return;
-    const double start = now();
-    while (now() - start < options_.spin_seconds) {
+    const double start = monotonic_seconds();
+    while (monotonic_seconds() - start < options_.spin_seconds) {
         for (int spin = 0; spin < kPausesPerLook; ++spin) {
             if (is_reached(word, epoch_)) return;
             pause();
@@ -133,9 +132,9 @@ void Meeting::wait(const std::atomic<uint32_t>& word,
     while (!is_reached(word, epoch_)) {
         const uint32_t seen = word.load(std::memory_order_relaxed);
         if (!is_reached(word, epoch_)) sleep(seen);
-        if (now() - last_look > 0.9e-9 * kLookAroundNanoseconds) {
+        if (monotonic_seconds() - last_look > 0.9e-9 * kLookAroundNanoseconds) {
             look_around(phase, is_missing, start);
-            last_look = now();
+            last_look = monotonic_seconds();
         }
     }
 }
@@ -144,8 +143,7 @@ void Meeting::look_around(const char* phase, const IsMissing& is_missing, double
     try {
         options_.check_interrupt();
     } catch (...) {
-        control(rank_).gave_up.store(epoch_, std::memory_order_release);
-        broken_ = text("interrupted in ", operation_name(), ", call ", epoch_);
+        give_up(text("interrupted in ", operation_name(), ", call ", epoch_));
         throw;
     }
     if (is_interrupted_.load(std::memory_order_relaxed))
@@ -156,24 +154,50 @@ void Meeting::look_around(const char* phase, const IsMissing& is_missing, double
         const bool is_gone = !segments_[peer]->is_owner_alive();
         // Asked last: a rank that did its part and then ended is no reason to stop.
         if (!is_missing(peer)) continue;
-        if (gave_up != 0)
-            break_down(
-                text("rank ", peer, " gave up in call ", gave_up, " (", describe(peer), ")"));
+        if (gave_up != 0) break_down(describe_leaving(peer, gave_up));
         if (is_gone)
             break_down(text("rank ", peer, " is gone: its process ended or closed its Buffer (",
                             describe(peer), ")"));
         late += text(late.empty() ? "" : ", ", "rank ", peer, " (", describe(peer), ")");
     }
-    if (late.empty() || now() - start < options_.timeout_seconds) return;
+    if (late.empty() || monotonic_seconds() - start < options_.timeout_seconds) return;
     break_down(
         text("rank ", rank_, " waited ", options_.timeout_seconds, " s for ", late, " ", phase));
 }
 
 void Meeting::break_down(const std::string& reason) {
-    control(rank_).gave_up.store(epoch_, std::memory_order_release);
-    broken_ = reason;
+    give_up(reason);
     fail(operation_name(), ": expected all ", num_ranks(), " ranks in call ", epoch_,
          ", got: ", reason, "; make a new Buffer once all ranks are back");
+}
+
+void Meeting::give_up(const std::string& reason) {
+    broken_ = reason;
+    Control& own = control(rank_);
+    std::strncpy(own.gave_up_because, reason.c_str(), kErrorBytes - 1);
+    own.gave_up.store(epoch_, std::memory_order_release);
+}
+
+void Meeting::check_all_stayed() {
+    // Orders the reads of the rows before these, as in a sequence lock.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    for (int peer = 0; peer < num_ranks(); ++peer) {
+        const uint32_t gave_up = control(peer).gave_up.load(std::memory_order_acquire);
+        // In a later call it has seen this rank finish this one, or had nothing to lend.
+        if (gave_up != 0 && static_cast<int32_t>(gave_up - epoch_) <= 0)
+            break_down(describe_leaving(peer, gave_up));
+    }
+}
+
+std::vector<double> Meeting::posting_times() const {
+    std::vector<double> times;
+    for (int rank = 0; rank < num_ranks(); ++rank) times.push_back(post_of(rank).posted_at);
+    return times;
+}
+
+std::string Meeting::describe_leaving(int peer, uint32_t gave_up) const {
+    return text("rank ", peer, " gave up in call ", gave_up, " (", describe(peer),
+                "): ", text_of(control(peer).gave_up_because));
 }
 
 std::string Meeting::describe(int peer) const {

@@ -47,6 +47,13 @@ class Meeting {
     void finish();
     void wait_finished();
 
+    /// Leave the current call by an error, and tell the others why; no other call will go on.
+    [[noreturn]] void break_down(const std::string& reason);
+    /// Break down if a rank has given up in this call: what it had lent may have changed since.
+    void check_all_stayed();
+    /// When each rank came to the current call, in seconds.
+    std::vector<double> posting_times() const;
+
     int num_ranks() const { return static_cast<int>(segments_.size()); }
     /// Let the others know that this rank will not come again.
     void leave();
@@ -66,8 +73,9 @@ class Meeting {
               const IsMissing& is_missing,
               Sleep sleep);
     void look_around(const char* phase, const IsMissing& is_missing, double start);
-    [[noreturn]] void break_down(const std::string& reason);
+    void give_up(const std::string& reason);
     std::string describe(int peer) const;
+    std::string describe_leaving(int peer, uint32_t gave_up) const;
     std::string operation_name() const { return kOperations[operation_]; }
 
     const int rank_;

@@ -134,7 +134,8 @@ void Segment::populate(size_t num_bytes) {
     const size_t first = num_ready_ / kPage * kPage;
     if (num_bytes <= first) return;
     if (!is_owner_) collapse(num_bytes);  // the owner has them by now; this maps them as such
-    madvise(base_ + first, num_bytes - first, MADV_POPULATE_WRITE);
+    if (madvise(base_ + first, num_bytes - first, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
+        fail_errno(text("cannot reach ", num_bytes, " bytes of ", path_), errno);
     num_ready_ = num_bytes;
 }
 

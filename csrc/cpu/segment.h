@@ -26,11 +26,13 @@ class Segment {
 
     char* base() const { return base_; }
     size_t num_bytes() const { return num_bytes_; }
+    bool is_owner() const { return is_owner_; }
 
     /// Owner: allocate memory for the first `num_bytes` bytes and fault it in. Throws when the file
     /// system is full; what was committed before stays.
     void commit(size_t num_bytes);
-    /// Peer: fault in the first `num_bytes` bytes, which the owner has committed.
+    /// Peer: fault in the first `num_bytes` bytes, which the owner has committed. Throws where
+    /// they are not there (a file cut short, a full file system) instead of a SIGBUS later.
     void populate(size_t num_bytes);
     /// Whether the process that made the segment lives and has not closed it.
     bool is_owner_alive() const;

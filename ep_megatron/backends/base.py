@@ -1,5 +1,6 @@
 """The contract of a backend, and how ranks find out that they disagree."""
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -189,14 +190,19 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _readable(name: str, value: int) -> str:
+    # A peer's number may name nothing.
     if name == "operation":
-        return OPERATIONS[value]
+        return OPERATIONS[value] if 0 <= value < len(OPERATIONS) else f"operation {value}"
     if name.endswith("dtype"):
-        return str(DTYPES[value]).removeprefix("torch.")
-    if name == "expand":
+        is_known = 0 <= value < len(DTYPES)
+        return str(DTYPES[value]).removeprefix("torch.") if is_known else f"dtype {value}"
+    if name == "expand" and value in (0, 1):
         return str(bool(value))
     if name == "fp8":
-        return str(Fp8Recipe.of_code(value)) if value else "none"
+        try:
+            return str(Fp8Recipe.of_code(value)) if value else "none"
+        except (ValueError, struct.error):
+            return f"recipe {value}"
     return str(value)
 
 

@@ -338,7 +338,10 @@ class SharedMemoryBackend:
                 "raise max_bytes or free shared memory"
             )
         check_agreement(operation, [PeerReport(r.call, r.error) for r in reports])
-        raise AssertionError(f"{operation}: the ranks disagree in nothing that is named")
+        raise RuntimeError(
+            f"{operation}: expected all ranks to describe their call in the same way, got words "
+            "that mean nothing here; do all ranks run the same version of ep_megatron?"
+        )
 
 
 def _address(tensor: Tensor | None) -> int:
