@@ -100,7 +100,7 @@ def lies(**more: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
 ERRORS = st.tuples(st.integers(0, 9), st.binary(max_size=LAYOUT["error_bytes"]))
 CALLS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=16, max_size=16)
 PATIENT = settings(
-    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 
 

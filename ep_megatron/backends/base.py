@@ -201,7 +201,7 @@ def _readable(name: str, value: int) -> str:
     if name == "fp8":
         try:
             return str(Fp8Recipe.of_code(value)) if value else "none"
-        except (ValueError, struct.error):
+        except (ValueError, IndexError, struct.error):
             return f"recipe {value}"
     return str(value)
 
