@@ -189,6 +189,33 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
         typer.echo(f"wrote {file}")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at this machine and this installation: what is there, what it enables, how to get more.
+
+    Ends with 1 if something that is needed is missing or will fail under load.
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ep_megatron.doctor import Machine, examine, is_fit
+
+    findings = examine(Machine())
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        table = Table("", "part", "found", "enables", "fix")
+        for finding in findings:
+            table.add_row(finding.status, finding.name, finding.found, finding.enables, finding.fix)
+        Console(markup=False).print(table)
+    raise typer.Exit(0 if is_fit(findings) else 1)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
         raise typer.BadParameter(f"{option}: expected positive numbers, got {text!r}")

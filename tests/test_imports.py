@@ -30,7 +30,7 @@ FLOORS = [
     {"pipeline.duties"},
     {"pipeline.forward_backward"},
     {"train"},
-    {"bench"},
+    {"bench", "doctor"},
     {"cli"},
 ]
 # The pipeline's rooms that are about schedules, not about tensors, share the lowest floors.
