@@ -18,13 +18,14 @@ from ep_megatron.arguments import (
     combine_rows,
     dispatch_rows,
 )
-from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.backends.base import Backend, CountingBackend, Routing, Rows
 from ep_megatron.calls import Calls
 from ep_megatron.communicator import group_of
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import AnyHandle
 from ep_megatron.settings import Settings
+from ep_megatron.statistics import BufferStatistics
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap
 
 _Checked = TypeVar("_Checked")
@@ -113,6 +114,22 @@ class Buffer(Settings):
         self._calls.stream.synchronize()
         self._calls.stream.close()
         self._backend.close()
+
+    def statistics(self) -> BufferStatistics:
+        """Return what this rank has counted since the Buffer was made.
+
+        Local, from any thread, at any time; a call that still runs is not in it. Costs nothing
+        that calls do not pay already.
+
+        Raises:
+            NotImplementedError: for backends other than `shared_memory`.
+        """
+        if not isinstance(self._backend, CountingBackend):
+            raise NotImplementedError(
+                f"statistics: expected a backend that counts, got {self.backend}; shared_memory "
+                "does"
+            )
+        return self._backend.statistics()
 
     def get_comm_stream(self) -> CPUStream:
         """Return the stream that asynchronous calls of rows on a CPU run on."""

@@ -8,7 +8,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
-    {"config", "handle", "_cpu", "_cuda", "streams", "hosts", "fp8", "sizes", "backends.device"},
+    {
+        "config",
+        "handle",
+        "_cpu",
+        "_cuda",
+        "streams",
+        "hosts",
+        "fp8",
+        "sizes",
+        "statistics",
+        "backends.device",
+    },
     {"layout", "casts", "backends.base", "settings", "communicator"},
     {"arguments", "backends.meeting", "backends.casting", "backends.gpu"},
     {"backends.arrival", "backends.device_arena"},

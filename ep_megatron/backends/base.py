@@ -3,13 +3,14 @@
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import AnyHandle, DispatchHandle
+from ep_megatron.statistics import BufferStatistics
 
 DTYPES = (
     None,
@@ -262,3 +263,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the backend holds. Local; received tensors stay valid."""
+
+
+@runtime_checkable
+class CountingBackend(Protocol):
+    """A backend that counts what its calls waited for and moved."""
+
+    def statistics(self) -> BufferStatistics:
+        """Return the counts so far. Local, from any thread."""

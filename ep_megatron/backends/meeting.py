@@ -160,7 +160,10 @@ def _connect(token: str, rank: int, num_ranks: int, timeout: float) -> dist.Proc
     # Not dist.new_group: with sub-groups its name depends on how many groups each rank happens to
     # hold, and a registered group lives until somebody remembers to destroy it.
     store = PrefixStore(f"ep_megatron/{token}", _get_default_store())
-    return dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout))
+    group = dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout))
+    # Else a rank that drops its Buffer at once would close connections that others still make.
+    group.barrier().wait(timedelta(seconds=timeout))  # type: ignore[attr-defined]
+    return group
 
 
 def _broadcast(token: str, group: dist.ProcessGroup) -> str:

@@ -31,6 +31,7 @@ from ep_megatron.backends.casting import copy_rows
 from ep_megatron.backends.meeting import Gathering
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle
+from ep_megatron.statistics import BufferStatistics
 
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
 _MIN_ARENA_BYTES = MIB
@@ -241,6 +242,11 @@ class SharedMemoryBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._exchange.close()
+
+    def statistics(self) -> BufferStatistics:
+        """See `CountingBackend`."""
+        counted = zip(OPERATIONS, self._exchange.statistics(), strict=True)
+        return BufferStatistics.of(self.rank, dict(counted))
 
     @property
     def is_broken(self) -> bool:
