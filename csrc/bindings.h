@@ -30,5 +30,6 @@ Fp8Cast fp8_cast(const std::string& operation,
 void bind_exchange(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_fp8(pybind11::module_& m);
+void bind_low_latency(pybind11::module_& m);
 
 }  // namespace ep

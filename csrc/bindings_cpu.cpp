@@ -102,4 +102,5 @@ PYBIND11_MODULE(_cpu, m) {
     ep::bind_exchange(m);
     ep::bind_plan(m);
     ep::bind_fp8(m);
+    ep::bind_low_latency(m);
 }

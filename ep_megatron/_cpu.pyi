@@ -223,3 +223,82 @@ def sum_parts(
     `sizes` are (index of the dtype, H, T); `rows` is `[T, parts]` int32, -1 where there is none.
     Sums and rounds as `RowKernels.reduce` does.
     """
+
+class LowLatencyReport:
+    """One rank's word on a low-latency call."""
+
+    rank: int
+    call: list[int]
+    error: str
+
+class LowLatency:
+    """One rank's end of low-latency calls over shared memory; see csrc/cpu/low_latency.h."""
+
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        rank: int,
+        num_ranks: int,
+        max_bytes: int,
+        num_threads: int,
+        timeout: float,
+        has_core_per_rank: bool,
+        enable_shrink: bool,
+    ) -> None: ...
+    def attach(self, names: Sequence[str]) -> None: ...
+    def unlink(self) -> None: ...
+    def close(self) -> None: ...
+    def send_dispatch(
+        self,
+        call: Sequence[int],
+        x: int,
+        topk: tuple[int, int, int, int],
+        format: tuple[int, int, float] | None,
+        /,
+    ) -> int:
+        """Sending half; `topk`: address, bytes of an index, T, K. Returns the call's number."""
+
+    def send_combine(
+        self,
+        call: Sequence[int],
+        x: int,
+        layout_range: int,
+        topk: tuple[int, int, int, int],
+        place: Block | None,
+        /,
+    ) -> int:
+        """Sending half; `place` is the block that x is in, where peers may read it there."""
+
+    def send_nothing(self, operation: int, call: Sequence[int], /) -> int: ...
+    def report_failure(self, operation: int, error: str, /) -> None: ...
+    def receive_dispatch(
+        self,
+        number: int,
+        call: Sequence[int],
+        format: tuple[int, int, float] | None,
+        out: tuple[int, ...],
+        /,
+    ) -> bool:
+        """Receiving half into (x, scales, count, src_info, layout_range, waited)."""
+
+    def receive_combine(
+        self,
+        number: int,
+        call: Sequence[int],
+        topk: tuple[int, int, int, int],
+        weights: int,
+        out: int,
+        waited: int,
+        /,
+    ) -> tuple[bool, list[int]]:
+        """Receiving half; the ranks whose rows are not those that `topk` names."""
+
+    def receive_nothing(self, operation: int, number: int, /) -> bool: ...
+    def reports(self) -> list[LowLatencyReport]: ...
+    def allocate(self, num_bytes: int) -> Block: ...
+    def mask(self, rank: int, is_masked: bool, /) -> None: ...
+    def masks(self) -> list[int]: ...
+    def interrupt(self) -> None: ...
+    @property
+    def committed(self) -> int: ...

@@ -24,6 +24,7 @@ from ep_megatron.communicator import group_of
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import AnyHandle
+from ep_megatron.low_latency import LowLatencyVerbs
 from ep_megatron.settings import Settings
 from ep_megatron.statistics import BufferStatistics
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap
@@ -32,7 +33,7 @@ _Checked = TypeVar("_Checked")
 LayoutResult = tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]
 
 
-class Buffer(Settings):
+class Buffer(LowLatencyVerbs, Settings):
     """Dispatch and combine for the ranks of one process group.
 
     Collective constructor. One Buffer serves any number of layers and micro-batches at a time:
@@ -48,19 +49,18 @@ class Buffer(Settings):
         num_nvl_bytes: bytes made ready at the start; on a CPU the first size of the shared-memory
             arena, which grows when needed (0: `config.initial_bytes`).
         num_rdma_bytes: accepted; nothing here needs it yet.
-        low_latency_mode: must be False; the low-latency verbs are not there yet.
+        low_latency_mode: whether to make what the low-latency verbs need.
         num_qps_per_rank: accepted; a setting of RDMA.
         allow_nvlink_for_low_latency_mode: likewise.
         allow_mnnvl: likewise.
         explicitly_destroy: accepted; `destroy` is never needed for a clean exit.
-        enable_shrink: must be False; ranks cannot be masked yet.
+        enable_shrink: low-latency verbs mask a rank that has ended or is late instead of raising.
         comm: a communicator like mpi4py's in place of `group`; see `communicator.group_of`.
         backend: short for `config=BufferConfig(backend=...)`.
         config: resources and limits.
 
     Raises:
         ValueError: if the backend cannot serve this group.
-        NotImplementedError: for `low_latency_mode` and `enable_shrink`.
     """
 
     def __init__(
@@ -79,15 +79,6 @@ class Buffer(Settings):
         backend: str | None = None,
         config: BufferConfig | None = None,
     ) -> None:
-        for name, value in (
-            ("low_latency_mode", low_latency_mode),
-            ("enable_shrink", enable_shrink),
-        ):
-            if value:
-                raise NotImplementedError(
-                    f"Buffer: expected {name} to be False, got True; the low-latency verbs and "
-                    "masks are not there yet"
-                )
         self.config = backends.resolve(config, backend=backend, initial_bytes=num_nvl_bytes)
         if group is None:
             if comm is None:
@@ -98,7 +89,12 @@ class Buffer(Settings):
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
         self.enable_shrink = enable_shrink
         self._backend: Backend = backends.choose(group, self.config)
-        self._calls = Calls(self._backend)
+        self._low_latency = None
+        if low_latency_mode:
+            self._low_latency = backends.choose_low_latency(
+                group, self.config, self._backend, enable_shrink=enable_shrink
+            )
+        self._calls = Calls(self._backend, self._low_latency)
         self.rank, self.group_size = self._backend.rank, self._backend.num_ranks
 
     @property
@@ -114,6 +110,8 @@ class Buffer(Settings):
         self._calls.stream.synchronize()
         self._calls.stream.close()
         self._backend.close()
+        if self._low_latency is not None:
+            self._low_latency.close()
 
     def statistics(self) -> BufferStatistics:
         """Return what this rank has counted since the Buffer was made.

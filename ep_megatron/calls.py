@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ep_megatron.backends.base import Backend, Received, Routing, Rows
 from ep_megatron.backends.casting import copy_rows
+from ep_megatron.backends.packed import LowLatencyBackend
 from ep_megatron.handle import AnyHandle, CapacityHandle, DispatchHandle, exact
 from ep_megatron.settings import Settings
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, handle_of
@@ -29,11 +30,18 @@ class Calls:
 
     Args:
         backend: gets one call at a time.
+        low_latency: likewise, in the same order.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, low_latency: LowLatencyBackend | None = None) -> None:
         self._backend = backend
-        self.stream = CPUStream("ep_megatron communication", backend.interrupt)
+
+        def interrupt() -> None:
+            backend.interrupt()
+            if low_latency is not None:
+                low_latency.interrupt()
+
+        self.stream = CPUStream("ep_megatron communication", interrupt)
         self._one_at_a_time = threading.Lock()
         self._num_threads: int | None = None  # that the backend knows of
 
@@ -47,6 +55,7 @@ class Calls:
         async_finish: bool = False,
         at_end: Callable[[], None] | None = None,
         at_start: Callable[[], object] | None = None,
+        fail: Callable[[str, str], None] | None = None,
     ) -> EventOverlap:
         """Run `call`, or queue it and return its event at once.
 
@@ -59,6 +68,7 @@ class Calls:
             async_finish: whether to queue.
             at_end: called last, whether or not there was an error.
             at_start: called behind `previous_event`; an error is treated alike.
+            fail: how the other ranks hear of an error, if not by the backend's `fail`.
         """
         wait_for = handle_of(previous_event)
         mode, device = torch.is_inference_mode_enabled(), _device_of(inputs)
@@ -82,7 +92,7 @@ class Calls:
                     try:
                         prepare()
                     except Exception as error:
-                        self._tell(operation, error)
+                        self._tell(operation, error, fail or self._backend.fail)
                         raise
                     if Settings.num_sms != self._num_threads:
                         self._num_threads = Settings.num_sms
@@ -268,10 +278,11 @@ class Calls:
         """Tell the other ranks, in turn, that this one cannot take part in this call."""
         self.run(operation, lambda: self._backend.fail(operation, error), async_finish=async_finish)
 
-    def _tell(self, operation: str, error: Exception) -> None:
+    @staticmethod
+    def _tell(operation: str, error: Exception, fail: Callable[[str, str], None]) -> None:
         """Report `error` to the other ranks; if that fails too, the first error is the cause."""
         try:
-            self._backend.fail(operation, str(error).removeprefix(f"{operation}: "))
+            fail(operation, str(error).removeprefix(f"{operation}: "))
         except RuntimeError as second:
             raise error from second
 

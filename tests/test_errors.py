@@ -192,10 +192,10 @@ def check_handles(rank: int, backend: str) -> None:
 
 def check_not_there(rank: int) -> None:
     buffer = buffer_of("shared_memory")
-    with pytest.raises(NotImplementedError, match="enable_shrink"):
-        Buffer(buffer.group, enable_shrink=True)
-    with pytest.raises(NotImplementedError, match="low_latency_mode"):
-        Buffer(buffer.group, low_latency_mode=True)
+    with pytest.raises(NotImplementedError, match="get_local_buffer_tensor"):
+        buffer.get_local_buffer_tensor(torch.uint8)
+    with pytest.raises(ValueError, match="low_latency_mode=True"):
+        buffer.clean_low_latency_buffer(8, 128, 4)
 
 
 def check_arena_is_full(rank: int) -> None:

@@ -1,49 +1,17 @@
 #include "cpu/meeting.h"
 
-#include <linux/futex.h>
 #include <sched.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-#include <climits>
 #include <cstring>
 #include <utility>
 
 #include "core/errors.h"
 #include "cpu/peers.h"
 #include "cpu/statistics.h"
+#include "cpu/waits.h"
 
 namespace ep {
-namespace {
-
-constexpr long kLookAroundNanoseconds = 50'000'000;
-constexpr int kPausesPerLook = 32;  // at the clock
-
-void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-long futex(const std::atomic<uint32_t>& word, int operation, uint32_t value, timespec* timeout) {
-    static_assert(sizeof(word) == sizeof(uint32_t));
-    return syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), operation, value, timeout,
-                   nullptr, 0);
-}
-
-/// Sleep while the word holds `value`, at most until it is time to look around.
-void sleep_on(const std::atomic<uint32_t>& word, uint32_t value) {
-    timespec timeout{0, kLookAroundNanoseconds};
-    futex(word, FUTEX_WAIT, value, &timeout);
-}
-
-bool is_reached(const std::atomic<uint32_t>& word, uint32_t epoch) {
-    return static_cast<int32_t>(word.load(std::memory_order_acquire) - epoch) >= 0;
-}
-
-}  // namespace
 
 Meeting::Meeting(int rank, std::vector<std::shared_ptr<Segment>> segments, WaitOptions options)
     : rank_(rank),
@@ -81,8 +49,7 @@ void Meeting::raise_in_peers(Flag (Control::*flags)[kMaxRanks]) {
         flag.epoch.store(epoch_, std::memory_order_release);
         // Either the sleeper sees the epoch before it sleeps, or this load sees the sleeper.
         std::atomic_thread_fence(std::memory_order_seq_cst);
-        if (flag.has_sleeper.load(std::memory_order_relaxed) != 0)
-            futex(flag.epoch, FUTEX_WAKE, INT_MAX, nullptr);
+        if (flag.has_sleeper.load(std::memory_order_relaxed) != 0) wake_all(flag.epoch);
     }
 }
 
@@ -121,7 +88,7 @@ void Meeting::wait(const std::atomic<uint32_t>& word,
     while (monotonic_seconds() - start < options_.spin_seconds) {
         for (int spin = 0; spin < kPausesPerLook; ++spin) {
             if (is_reached(word, epoch_)) return;
-            pause();
+            pause_core();
         }
     }
     for (int yield = 0; yield < options_.num_yields; ++yield) {
@@ -224,8 +191,7 @@ void Meeting::grant(uint64_t rows_offset, uint64_t committed, const std::string&
     std::strncpy(grant.error, error.c_str(), kErrorBytes - 1);
     grant.epoch.store(epoch_, std::memory_order_release);
     std::atomic_thread_fence(std::memory_order_seq_cst);
-    if (grant.num_sleepers.load(std::memory_order_relaxed) != 0)
-        futex(grant.epoch, FUTEX_WAKE, INT_MAX, nullptr);
+    if (grant.num_sleepers.load(std::memory_order_relaxed) != 0) wake_all(grant.epoch);
 }
 
 const Grant& Meeting::granted_by(int rank) {

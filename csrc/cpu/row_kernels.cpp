@@ -83,6 +83,27 @@ struct SumRows {
     }
 };
 
+struct SumWeighted {
+    char* out;
+    const char* const* rows;
+    const float* weights;
+    int num_rows;
+
+    template <bool kStreaming, int kBytes, int kCount>
+    EP_ALWAYS_INLINE void columns(size_t at) const {
+        FloatPair<kBytes> total[kCount] = {};
+        for (int row = 0; row < num_rows; ++row)
+            for (int i = 0; i < kCount; ++i) {
+                auto value = BFloat16::read<kBytes>(rows[row] + at + i * kBytes);
+                value.a *= weights[row];
+                value.b *= weights[row];
+                total[i] += value;
+            }
+        for (int i = 0; i < kCount; ++i)
+            store<kStreaming>(out + at + i * kBytes, BFloat16::pack<kBytes>(total[i]));
+    }
+};
+
 // Streaming stores need whole lines; the ends of the row are written plainly, 16 bytes at a time.
 template <bool kStreaming, class Operation>
 void for_columns(const Operation& operation, size_t num_bytes) {
@@ -164,6 +185,13 @@ void reduce(DType dtype,
     reduce_as<false>(dtype, target, sum, num_bytes);
 }
 
+void weighted_sum(
+    void* out, const void* const* rows, const float* weights, int num_rows, size_t hidden) {
+    const SumWeighted sum = {static_cast<char*>(out), reinterpret_cast<const char* const*>(rows),
+                             weights, num_rows};
+    for_columns<false>(sum, hidden * item_size(DType::kBFloat16));
+}
+
 template <class D>
 void quantize_from(
     const Fp8Format& format, void* data, void* scales, const void* row, size_t hidden) {
@@ -218,6 +246,6 @@ void dequantize(DType dtype,
 
 extern const RowKernels EP_JOIN(row_kernels_, EP_ISA);
 constinit const RowKernels EP_JOIN(row_kernels_, EP_ISA) = {
-    EP_QUOTE(EP_ISA), copy, copy_streaming, reduce, quantize, dequantize};
+    EP_QUOTE(EP_ISA), copy, copy_streaming, reduce, weighted_sum, quantize, dequantize};
 
 }  // namespace ep

@@ -67,6 +67,12 @@ struct RowKernels {
                    size_t hidden,
                    bool streaming);
 
+    /// Write the sum over rows of weight times row, in order, from 0: every product and every sum
+    /// rounded to float32, the total once more to bfloat16 as by reduce. No row gives zeros.
+    /// @param out, rows  bfloat16 [hidden]; may not overlap.
+    void (*weighted_sum)(
+        void* out, const void* const* rows, const float* weights, int num_rows, size_t hidden);
+
     /// Cast one row to e4m3, reading it once; fp8.quantize in fp8.py defines every bit.
     /// @param dtype   of `row`: not float64.
     /// @param data    [hidden] bytes.

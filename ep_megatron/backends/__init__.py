@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from ep_megatron.backends.base import Backend
 from ep_megatron.backends.meeting import Meeting, has_gloo
+from ep_megatron.backends.packed import LowLatencyBackend
+from ep_megatron.backends.packed_group import PackedGroup
 from ep_megatron.backends.process_group import ProcessGroupBackend
 from ep_megatron.config import BufferConfig
 
@@ -86,6 +88,28 @@ def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:
     from ep_megatron.backends.cuda import CudaBackend
 
     return CudaBackend(meeting, device, config)
+
+
+def choose_low_latency(
+    group: dist.ProcessGroup, config: BufferConfig, backend: Backend, *, enable_shrink: bool
+) -> LowLatencyBackend:
+    """Make what a Buffer's low-latency verbs use beside `backend`. Collective; logged by rank 0."""
+    made: LowLatencyBackend
+    if backend.name == "cuda":
+        raise NotImplementedError(
+            "Buffer: expected low_latency_mode to be False with backend 'cuda', got True; the "
+            "low-latency verbs are for rows on a CPU"
+        )
+    if backend.name == "shared_memory":
+        from ep_megatron.backends.packed_shared import PackedShared
+
+        made = PackedShared(Meeting(group, config.timeout), config, enable_shrink)
+    else:
+        made = PackedGroup(group, config.timeout, enable_shrink)
+    if backend.rank == 0:
+        how = "shared memory" if backend.name == "shared_memory" else "torch.distributed"
+        logger.info("Buffer: low-latency calls over %s", how)
+    return made
 
 
 def _best(group: dist.ProcessGroup, hosts: Sequence[str]) -> tuple[str, str]:

@@ -35,7 +35,7 @@ from ep_megatron.statistics import BufferStatistics
 
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
 _MIN_ARENA_BYTES = MIB
-_MAX_THREADS = 4  # by default; memory bandwidth is shared by all ranks
+MAX_THREADS = 4  # by default; memory bandwidth is shared by all ranks
 
 
 class SharedMemoryBackend:
@@ -58,8 +58,8 @@ class SharedMemoryBackend:
         prefix = f"ep_megatron.{os.geteuid()}."
         # Unguessable, and gone as soon as all ranks have it mapped.
         name = f"{prefix}{os.getpid()}.{secrets.token_hex(16)}"
-        num_cores = _num_cores()
-        max_bytes = config.max_bytes or _default_max_bytes(config.shm_dir, self.num_ranks)
+        num_cores = count_cores()
+        max_bytes = config.max_bytes or default_max_bytes(config.shm_dir, self.num_ranks)
 
         def create() -> None:
             _cpu.remove_stale_segments(config.shm_dir, prefix)
@@ -78,17 +78,17 @@ class SharedMemoryBackend:
                     else config.streaming_bytes
                 ),
                 num_threads=(
-                    config.num_threads or max(1, min(_MAX_THREADS, num_cores // self.num_ranks))
+                    config.num_threads or max(1, min(MAX_THREADS, num_cores // self.num_ranks))
                 ),
                 timeout=config.timeout,
                 has_core_per_rank=num_cores >= self.num_ranks,
             )
             self._exchange.reserve(min(config.initial_bytes, max_bytes))
 
-        _together(meeting, create)
+        run_together(meeting, create)
         try:
             names = meeting.gather_text("Buffer", name)
-            _together(meeting, lambda: self._exchange.attach(names))
+            run_together(meeting, lambda: self._exchange.attach(names))
         except BaseException:
             self._exchange.close()
             raise
@@ -354,7 +354,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _together(meeting: Gathering, action: Callable[[], None]) -> None:
+def run_together(meeting: Gathering, action: Callable[[], None]) -> None:
     """Run `action` on all ranks; raise on all if it fails on one."""
     error, reason = None, ""
     try:
@@ -370,7 +370,7 @@ def _together(meeting: Gathering, action: Callable[[], None]) -> None:
         ) from error
 
 
-def _num_cores() -> int:
+def count_cores() -> int:
     """Return how many cores this process may use: its affinity, and its control group's quota."""
     cores = len(os.sched_getaffinity(0))
     quota = Path("/sys/fs/cgroup/cpu.max")
@@ -381,7 +381,8 @@ def _num_cores() -> int:
     return cores
 
 
-def _default_max_bytes(folder: str, num_ranks: int) -> int:
+def default_max_bytes(folder: str, num_ranks: int) -> int:
+    """Return this rank's share of most of what is free on the memory file system."""
     status = os.statvfs(folder)
     return max(MIB, int(0.8 * status.f_bavail * status.f_frsize / num_ranks) // MIB * MIB)
 
