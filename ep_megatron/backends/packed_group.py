@@ -130,7 +130,7 @@ class PackedGroup:
         for rank in range(self.num_ranks):
             places = zip(begins[:, rank].tolist(), counts[:, rank].tolist(), strict=True)
             parts = [x[expert, b : b + n] for expert, (b, n) in enumerate(places)]
-            own_counts = counts[:, rank].to(torch.int32).contiguous()
+            own_counts = torch.empty(len(counts), dtype=torch.int32).copy_(counts[:, rank])
             messages.append([own_counts, _bytes(torch.cat(parts))])
         return self._send(call, messages)
 
