@@ -116,7 +116,7 @@ def check_hooks(rank: int, backend: str) -> None:
         hook()
         check_packed(case, rank, recv, count, handle, None, step)
     count.fill_(-1)
-    hook()  # a second time: nothing happens
+    sent[0][3]()  # a second time: nothing happens
     assert (count == -1).all()
     recv, _, handle, _ = sent[0]
     rows = experts_rows(case, rank, recv)
@@ -220,8 +220,12 @@ def test_many_steps_out_of_step(backend: str) -> None:
     run_on_ranks(3, check_steps, backend, 40)
 
 
-def dispatch_wholly(buffer: Buffer, *args: Any, with_hook: bool) -> None:
-    _, _, _, _, hook = buffer.low_latency_dispatch(*args, use_fp8=False, return_recv_hook=with_hook)
+def dispatch_wholly(
+    buffer: Buffer, x: Tensor, idx: Tensor, sizes: tuple[int, int], with_hook: bool
+) -> None:
+    _, _, _, _, hook = buffer.low_latency_dispatch(
+        x, idx, *sizes, use_fp8=False, return_recv_hook=with_hook
+    )
     if hook is not None:
         hook()
 
@@ -245,9 +249,10 @@ def check_bad_input(rank: int, backend: str) -> None:
     ]
     for with_hook in (False, True):
         for match, tensors, sizes in calls:
-            args = (*tensors, *sizes) if is_wrong else (x, idx, case.capacity, case.num_experts)
+            right = (x, idx), (case.capacity, case.num_experts)
+            args, numbers = (tensors, sizes) if is_wrong else right
             with pytest.raises(ValueError, match=match):
-                dispatch_wholly(buffer, *args, with_hook=with_hook)
+                dispatch_wholly(buffer, *args, numbers, with_hook)
     recv, count, handle, _, _ = buffer.low_latency_dispatch(
         x, idx, case.capacity, case.num_experts, use_fp8=False
     )
