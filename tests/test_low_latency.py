@@ -265,6 +265,13 @@ def check_bad_input(rank: int, backend: str) -> None:
         buffer.low_latency_combine(rows[:, :1] if is_wrong else rows, idx, weights, handle)
     with pytest.raises(NotImplementedError, match="LogFMT"):
         buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True)
+    other = idx.clone()
+    if is_wrong:
+        other[0, 0] = -1
+        with pytest.raises(ValueError, match="topk_idx to be that of the dispatch"):
+            buffer.low_latency_combine(rows, other, weights, handle)
+    else:
+        buffer.low_latency_combine(rows, other, weights, handle)
     out, _, _ = buffer.low_latency_combine(rows, idx, weights, handle)
     assert torch.equal(out, expected_combined(case, rank))
     with pytest.raises(ValueError, match=r"hidden .*256 on rank 1"):
