@@ -249,12 +249,14 @@ class ProcessGroupBackend:
         self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
     ) -> Tensor:
         received = values.new_empty(sum(recv_counts), *values.shape[1:])
+        # Without elements any strides count as contiguous, but not every view of them is allowed.
+        sent = values.contiguous() if values.numel() else values.new_empty(values.shape)
         # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
         group = self._meeting.gloo if values.device.type == "cpu" else self._group
         try:
             work = group.alltoall_base(
                 received.flatten(1).view(torch.uint8),
-                values.contiguous().flatten(1).view(torch.uint8),
+                sent.flatten(1).view(torch.uint8),
                 list(recv_counts),
                 list(send_counts),
                 dist.AllToAllOptions(),
