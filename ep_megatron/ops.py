@@ -57,7 +57,7 @@ def num_handles() -> int:
 
 
 @torch.library.custom_op("ep_megatron::dispatch", mutates_args=())
-def dispatch(  # noqa: PLR0913
+def dispatch(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor,
@@ -165,7 +165,7 @@ def dispatch_again(x: Tensor, handle: Tensor, num_rows: int, fp8: int = 0) -> Te
 
 
 @dispatch.register_fake
-def _(  # noqa: PLR0913
+def _(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor,

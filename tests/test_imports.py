@@ -41,7 +41,7 @@ FLOORS = [
     {"backends", "calls"},
     {"low_latency"},
     {"buffer"},
-    {"autograd", "elastic", "pipeline.exchange"},
+    {"autograd", "elastic", "ops", "pipeline.exchange"},
     {"experts", "deep_ep"},
     {"megatron"},
     {"pipeline.layer"},

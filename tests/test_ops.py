@@ -47,7 +47,8 @@ def layer(
     )
     factor = row_weights if expand else row_weights.sum(1)
     inner = (rows * factor[:, None].to(rows.dtype)).sin()
-    return ops.combine(inner, handle, x.shape[0], fp8).cos()
+    combined: Tensor = ops.combine(inner, handle, x.shape[0], fp8)
+    return combined.cos()
 
 
 def inputs(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
