@@ -1,17 +1,21 @@
 """An emulated GPU as a `Device`, and ranks as threads: the CUDA backend on a CPU.
 
 Kernels are the PTX out of the built extension; tests/emulator executes it. A rank's tensors are
-ordinary CPU tensors, copied into emulated memory before a call and out of it after.
+ordinary CPU tensors, copied into emulated memory before a call and out of it after. A host that
+waits for a report is a thread of a kernel of its own, so that it knows what its acquire tells it
+and no more.
 """
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +30,23 @@ from tests.emulator.machine import Machine
 
 NUM_SMS = 3
 _HANG_SECONDS = 240
+_HOST_STREAM = 1
+_HOST = """.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry host_waits(.param .u64 word, .param .u32 epoch) {
+    .reg .pred %p<2>;
+    .reg .b32 %r<3>;
+    .reg .b64 %rd<2>;
+    ld.param.u64 %rd1, [word];
+    ld.param.u32 %r1, [epoch];
+look:
+    ld.acquire.sys.global.u32 %r2, [%rd1];
+    setp.ne.u32 %p1, %r2, %r1;
+    @%p1 bra look;
+    ret;
+}
+"""
 
 
 @cache
@@ -62,6 +83,7 @@ class EmulatedDevice:
     def __init__(self, machine: Machine, rank: int) -> None:
         self._machine, self._rank = machine, rank
         self.launches: list[Launch] = []
+        self._views: dict[int, tuple[int, int]] = {}  # memory here: bytes, where they came from
 
     def allocate(self, num_bytes: int) -> int:
         address: int = self._machine.allocate(self._rank, num_bytes, name="workspace")
@@ -92,7 +114,9 @@ class EmulatedDevice:
 
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         assert isinstance(memory, EmulatedHostMemory)
-        self._synchronize()
+        params = self._machine.pack("host_waits", memory.device_address, epoch)
+        self._machine.launch(self._rank, "host_waits", 1, 1, 0, params, _HOST_STREAM)
+        self._synchronize(_HOST_STREAM)
         return memory.word() == epoch
 
     def input(self, tensor: Tensor) -> Memory:
@@ -103,6 +127,14 @@ class EmulatedDevice:
         return Memory(address, tensor.dtype, tensor.shape, self)
 
     def arena_address(self, tensor: Tensor) -> int | None:
+        """Bring what the caller has made of received rows back to where they came from."""
+        start = tensor.data_ptr()
+        for first, (num_bytes, address) in list(self._views.items()):
+            if first <= start and start + tensor.nbytes <= first + num_bytes and tensor.nbytes:
+                self._synchronize()
+                data = tensor.reshape(-1).view(torch.uint8).numpy()
+                self._machine.write(self._rank, address + start - first, data)
+                return address + start - first
         return None
 
     def output(
@@ -120,18 +152,33 @@ class EmulatedDevice:
 
     def views(self, address: int, num_bytes: int, free: Callable[[], None]) -> Tensor:
         data = self._read(address, num_bytes)
-        free()
-        return data
+        if num_bytes == 0:
+            free()
+            return data
+        # Held by the tensor's storage, hence by its last view.
+        array = data.numpy().copy()
+        start = array.ctypes.data
+        self._views[start] = num_bytes, address
+
+        def forget() -> None:
+            del self._views[start]
+            free()
+
+        weakref.finalize(array, forget)
+        return torch.from_numpy(array)
 
     def close(self) -> None:
         self._synchronize()
 
-    def _synchronize(self) -> None:
-        """Run until this rank's kernels have ended; a rank may be long in launching its own."""
+    def _synchronize(self, stream: int = -1) -> None:
+        """Run until this rank's kernels have ended; a rank may be long in launching its own.
+
+        Of what they wrote, the host then knows what the kernels of `stream` knew.
+        """
         deadline = time.monotonic() + _HANG_SECONDS
         while self._machine.advance(self._rank) and time.monotonic() < deadline:
             time.sleep(0)
-        self._machine.synchronize(self._rank)
+        self._machine.synchronize(self._rank, stream)
 
     def _read(self, address: int, num_bytes: int) -> Tensor:
         self._synchronize()
@@ -194,13 +241,19 @@ class Ranks:
         seed: of the interleaving.
         mode: see tests/emulator/README.md.
         config: of the backends.
+        kernels: PTX in place of what the extension holds.
     """
 
     def __init__(
-        self, num_ranks: int, seed: int = 0, mode: str = "plain", config: BufferConfig | None = None
+        self,
+        num_ranks: int,
+        seed: int = 0,
+        mode: str = "plain",
+        config: BufferConfig | None = None,
+        kernels: Sequence[str] = (),
     ) -> None:
         self.machine = Machine(num_ranks, seed=seed, mode=mode)
-        for ptx in shipped_ptx():
+        for ptx in (_HOST, *(kernels or shipped_ptx())):
             self.machine.load(ptx)
         self.num_ranks = num_ranks
         self._tables = [_Table(num_ranks, self.machine.meet), _Table(num_ranks)]

@@ -1,0 +1,131 @@
+"""Calls drawn by a seed: every dtype, layout and cast that the kernels have, against the reference."""
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ep_megatron import fp8
+from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.fp8 import FP8, MXFP8, Fp8Recipe
+from tests.routing import Case
+from tests.test_dispatch import bits
+
+RECIPES = [
+    FP8,
+    Fp8Recipe(scales="ue8m0"),
+    Fp8Recipe(scales="packed_ue8m0", layout="column_major"),
+    MXFP8,
+    replace(MXFP8, scales="packed_ue8m0"),
+]
+STYLES = ["random", "random", "holes", "one_expert", "repeated", "local", "first_rank"]
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One dispatch, combines of what came, and a cached dispatch."""
+
+    case: Case
+    dtype: torch.dtype
+    expand: bool
+    weights: torch.dtype | None
+    recipe: Fp8Recipe | None
+    is_cast_by_caller: bool
+    in_arena: bool  # the received rows themselves are combined
+    num_biases: int
+
+
+def draw(num_ranks: int, seed: int) -> Drawn:
+    """Return the call of a seed, the same on every rank."""
+    rng = random.Random(1000 * num_ranks + seed)
+    expand, is_cast = rng.random() < 0.6, rng.random() < 0.6
+    recipe = rng.choice(RECIPES) if is_cast else None
+    dtype = rng.choice(FLOATS[:3] if is_cast else FLOATS)
+    columns = [8, 40, 264, 520, 784, 1032, 2056]
+    if recipe is not None:
+        columns = [512, 1024] if recipe.scales == "packed_ue8m0" else [128, 512, 640, 1152]
+    case = Case(
+        f"seed {seed}",
+        tuple(rng.choice([0, 1, 5, 17]) for _ in range(num_ranks)),
+        num_topk=rng.choice([1, 2, 3, 6, 8, 9, 17, 32]),
+        experts_per_rank=rng.choice([1, 2, 5, 12]),
+        hidden=rng.choice(columns),
+        style=rng.choice(STYLES),
+        idx_dtype=rng.choice([torch.int64, torch.int32]),
+        alignment=rng.choice([1, 1, 4, 16]),
+    )
+    return Drawn(
+        case,
+        dtype,
+        expand,
+        rng.choice([None, torch.float32, torch.float32, torch.float64]),
+        recipe,
+        is_cast and rng.random() < 0.3,
+        rng.random() < 0.5,
+        rng.choice([0, 0, 1, 2]),
+    )
+
+
+def same(mine: Tensor | None, other: Tensor | None, drawn: Drawn) -> None:
+    """Compare bits."""
+    assert (mine is None) == (other is None), drawn
+    if mine is not None and other is not None:
+        assert mine.dtype == other.dtype, drawn
+        assert mine.shape == other.shape, drawn
+        mine, other = (t.clone(memory_format=torch.contiguous_format) for t in (mine, other))
+        assert torch.equal(bits(mine), bits(other)), drawn
+
+
+def same_rows(mine: Rows, other: Rows, drawn: Drawn) -> None:
+    """Compare all that arrived."""
+    for name in ("x", "scales", "topk_weights", "topk_idx"):
+        same(getattr(mine, name), getattr(other, name), drawn)
+
+
+def check_drawn(backend: Backend, reference: Backend, seeds: range) -> None:
+    """Make the calls of some seeds over both; every bit must be equal."""
+    for seed in seeds:
+        drawn = draw(backend.num_ranks, seed)
+        check(backend, reference, drawn)
+
+
+def check(backend: Backend, reference: Backend, drawn: Drawn) -> None:
+    """See `check_drawn`."""
+    case, rank = drawn.case, backend.rank
+    x = case.x(rank, drawn.dtype)
+    weights = None if drawn.weights is None else case.weights(rank, drawn.weights)
+    sent = Rows(x, topk_weights=weights, fp8=drawn.recipe)
+    if drawn.is_cast_by_caller:
+        assert drawn.recipe is not None
+        data, scales = fp8.quantize(x, replace(drawn.recipe, layout="row_major"))
+        sent = Rows(data, scales, weights)
+    routing = Routing(case.topk_idx(rank), case.num_experts, drawn.expand, case.alignment)
+    mine, handle = backend.dispatch(sent, routing)
+    other, other_handle = reference.dispatch(sent, routing)
+    same_rows(mine, other, drawn)
+    assert torch.equal(handle.routes, other_handle.routes)
+    # Twice the rows that came, where they lie; or rows from elsewhere.
+    rows, other_rows = mine, other
+    if sent.scales is not None or drawn.recipe is not None or not drawn.in_arena:
+        rng = torch.Generator().manual_seed(rank)
+        y = torch.randn(handle.num_recv_rows, case.hidden, generator=rng).to(drawn.dtype)
+        y.view(-1)[::7] = -0.0
+        rows, other_rows = (Rows(y, topk_weights=r.topk_weights) for r in (mine, other))
+    else:
+        rows.x.mul_(2)
+        other_rows.x.mul_(2)
+    biases = [x + 1, x * 3][: drawn.num_biases]
+    for got, wanted in zip(
+        backend.combine(rows, handle, biases),
+        reference.combine(other_rows, other_handle, biases),
+        strict=True,
+    ):
+        same(got, wanted, drawn)
+    again = replace(sent, x=sent.x.flip(0))
+    same_rows(
+        backend.dispatch_again(again, handle),
+        reference.dispatch_again(again, other_handle),
+        drawn,
+    )
