@@ -29,6 +29,7 @@ class Drawn:
 
     case: Case
     dtype: torch.dtype
+    summed: torch.dtype  # of combined rows that come from elsewhere
     expand: bool
     weights: torch.dtype | None
     recipe: Fp8Recipe | None
@@ -40,29 +41,36 @@ class Drawn:
 def draw(num_ranks: int, seed: int) -> Drawn:
     """Return the call of a seed, the same on every rank."""
     rng = random.Random(1000 * num_ranks + seed)
-    expand, is_cast = rng.random() < 0.6, rng.random() < 0.6
-    recipe = rng.choice(RECIPES) if is_cast else None
-    dtype = rng.choice(FLOATS[:3] if is_cast else FLOATS)
+    # Four kernels, with weights of three kinds and indices of two: each after each.
+    kind, weights, idx_dtype = seed % 4, seed // 4 % 3, seed // 12 % 2
+    is_cast_by_caller = kind == 0 and rng.random() < 0.4
+    recipe = rng.choice(RECIPES) if kind or is_cast_by_caller else None
+    dtype = FLOATS[kind - 1] if kind else rng.choice(FLOATS[:3] if recipe else FLOATS)
     columns = [8, 40, 264, 520, 784, 1032, 2056]
     if recipe is not None:
-        columns = [512, 1024] if recipe.scales == "packed_ue8m0" else [128, 512, 640, 1152]
+        columns = [512, 1024] if recipe.scales == "packed_ue8m0" else [128, 512, 640]
+        if recipe is MXFP8:
+            columns = [96, 640, 4352]
+    many = num_ranks > 4  # then one rank's tokens are enough, to many ranks
+    num_tokens = [24 if many and not r else rng.choice([0, 1, 9]) for r in range(num_ranks)]
     case = Case(
         f"seed {seed}",
-        tuple(rng.choice([0, 1, 5, 17]) for _ in range(num_ranks)),
-        num_topk=rng.choice([1, 2, 3, 6, 8, 9, 17, 32]),
+        tuple(num_tokens),
+        num_topk=8 if many else rng.choice([1, 2, 3, 6, 8, 9, 17, 32]),
         experts_per_rank=rng.choice([1, 2, 5, 12]),
-        hidden=rng.choice(columns),
-        style=rng.choice(STYLES),
-        idx_dtype=rng.choice([torch.int64, torch.int32]),
-        alignment=rng.choice([1, 1, 4, 16]),
+        hidden=rng.choice(columns[:3] if many else columns),
+        style=rng.choice(["random", "holes"] if many else STYLES),
+        idx_dtype=[torch.int64, torch.int32][idx_dtype],
+        alignment=rng.choice([1, 4, 16]),
     )
     return Drawn(
         case,
         dtype,
-        expand,
-        rng.choice([None, torch.float32, torch.float32, torch.float64]),
+        FLOATS[(seed + seed // 4) % 4],
+        rng.random() < (0.2 if many else 0.75),
+        [torch.float32, torch.float64, None][weights],
         recipe,
-        is_cast and rng.random() < 0.3,
+        is_cast_by_caller,
         rng.random() < 0.5,
         rng.choice([0, 0, 1, 2]),
     )
@@ -110,13 +118,15 @@ def check(backend: Backend, reference: Backend, drawn: Drawn) -> None:
     rows, other_rows = mine, other
     if sent.scales is not None or drawn.recipe is not None or not drawn.in_arena:
         rng = torch.Generator().manual_seed(rank)
-        y = torch.randn(handle.num_recv_rows, case.hidden, generator=rng).to(drawn.dtype)
+        y = torch.randn(handle.num_recv_rows, case.hidden, generator=rng)
+        y = y.to(drawn.summed)
         y.view(-1)[::7] = -0.0
         rows, other_rows = (Rows(y, topk_weights=r.topk_weights) for r in (mine, other))
     else:
         rows.x.mul_(2)
         other_rows.x.mul_(2)
-    biases = [x + 1, x * 3][: drawn.num_biases]
+    bias = case.x(rank, rows.x.dtype)
+    biases = [bias + 1, bias * 3][: drawn.num_biases]
     for got, wanted in zip(
         backend.combine(rows, handle, biases),
         reference.combine(other_rows, other_handle, biases),

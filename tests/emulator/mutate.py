@@ -18,6 +18,11 @@ RULES = [
     (r"\b(st\.release|ld\.acquire|red\.release|fence\.acq_rel)\.gpu", r"\1.cta", "gpu to cta"),
     (r"^\s*(?:@!?%p\d+\s+)?bar\.warp\.sync[^;]*;", ";", "drop warp barrier"),
     (r"^\s*(?:@!?%p\d+\s+)?(?:bar|barrier)(?:\.cta)?\.(?:sync|arrive)[^;]*;", ";", "drop barrier"),
+    (
+        r"^\s*(?:bar|barrier)(?:\.cta)?\.red\.(?:and|or)\.pred\s+([^,\s]+)\s*,\s*\S+\s*,\s*([^;,]+);",
+        r"mov.pred \1, \2;",
+        "drop barrier with vote",
+    ),
     (r"^\s*fence\.proxy[^;]*;", ";", "drop proxy fence"),
     (r"^\s*(?:fence\.(?:acq_rel|sc)|membar)\.[^;]*;", ";", "drop fence"),
     (r"^\s*cp\.async\.bulk\.wait_group[^;]*;", ";", "drop bulk wait"),

@@ -1,0 +1,198 @@
+"""Every basic block of the kernels' PTX runs in some emulated test, or it is named here and why not.
+
+The calls are compared with the reference bit for bit; what they leave out is counted.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from ep_megatron import fp8
+from ep_megatron.backends.base import Backend, Rows
+from ep_megatron.config import BufferConfig
+from ep_megatron.fp8 import MXFP8, Fp8Recipe
+from tests.routing import Case
+from tests.test_dispatch import bits
+
+_cuda = pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
+
+from tests.cuda.calls import FLOATS, RECIPES, Drawn, check, check_drawn
+from tests.cuda.emulated import EmulatedDevice, Launch, Ranks
+from tests.emulator.coverage import Coverage
+from tests.emulator.machine import Fault, Machine
+from tests.test_cuda_backend import check_errors, check_late, no_report, routing_of
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+LEAST = 0.97  # of all blocks; and none is missed for a reason that is not below
+# A block that no test reaches: what its source lines hold, and why nothing gets there.
+_LONG = "the long division of 64-bit numbers, for 2^32 bytes, tokens or rows and more"
+_FEW = "a strided loop goes round again; the bound is below the number of threads"
+_NOT_TAKEN = "begins with a branch that is never taken, which the emulator does not count"
+UNREACHABLE = {
+    "(args.num_tokens + num_warps - 1) / num_warps": _LONG,
+    "(valid + args.alignment - 1) / args.alignment": _LONG,
+    "(total + args.alignment - 1) / args.alignment": _LONG,
+    "i < kLoads; ++i)": _LONG,
+    "for (int64_t at = thread * 4; at < args.num_weight_bytes": _LONG,
+    "i < static_cast<int>(sizeof(PostHead) / 4)": _FEW,
+    "reinterpret_cast<const uint32_t*>(&args.head)[i]": _FEW,
+    "rank < kMaxRanks; rank += kNotifyThreads": _FEW,
+    "post.per_rank[rank] = 0": _FEW,
+    "i < args.num_ranks * words_per_head": "four rounds, with 70 ranks and more",
+    ".head)[i % words_per_head]": "four rounds, with 70 ranks and more",
+    "i < num_ranks * num_ranks; i += kNotifyThreads": "four rounds, with 56 ranks and more",
+    "posts[i / num_ranks].per_rank[i % num_ranks]": "four rounds, with 56 ranks and more",
+    "for (int source = 0; source < num_ranks; ++source)": "no ranks",
+    "for (int other = 0; other < lanes_per_token; ++other)": "three lanes more: a power of two",
+    "args.weight_bytes, args.weight_bytes)": "a weight has 8 bytes at most: no lane goes round",
+    "store_4(row + at, 0)": "the same: of weights",
+    "if (at + i * num_threads * kLaneBytes < args.num_row_bytes)": _NOT_TAKEN,
+    "if (block + i < args.num_blocks)": _NOT_TAKEN,
+}
+# One block of each combine: the next row's address from its lane.
+OPEN = "sm_30_intrinsics.hpp:456 in sm_30_intrinsics.hpp:464"
+
+
+def drawn_calls() -> Iterator[Machine]:
+    for num_ranks, num_calls in ((2, 108), (8, 36)):
+        ranks = Ranks(num_ranks)
+        ranks.run(check_drawn, range(num_calls))
+        no_report(ranks)
+        yield ranks.machine
+
+
+def large_calls() -> Iterator[Machine]:
+    """Enough tokens for many blocks of the scan, and enough experts for all threads of notify."""
+    tokens = Case("tokens", (1100, 40), num_topk=8, experts_per_rank=12, hidden=72, alignment=4)
+    experts = Case("experts", (40, 3), num_topk=8, experts_per_rank=512, hidden=8)
+    config = BufferConfig(timeout=1e9, num_sms=11)
+    ranks = Ranks(2, config=config)
+    for case in (tokens, experts):
+        for expand in (False, True):
+            dtype = torch.bfloat16
+            drawn = Drawn(case, dtype, dtype, expand, torch.float64, None, False, False, 0)
+            ranks.run(check, drawn)
+    no_report(ranks)
+    yield ranks.machine
+
+
+def long_rows() -> Iterator[Machine]:
+    """Padding rows with many scales; and much to stage for one block."""
+    ranks = Ranks(2)
+    for hidden in (5632, 7168):  # loops that the compiler unrolled by four end at three and two
+        case = Case("scales", (3, 2), hidden=hidden, alignment=8)
+        for by_caller, dtype in ((True, FLOATS[0]), *((False, dtype) for dtype in FLOATS[:3])):
+            ranks.run(check, Drawn(case, dtype, dtype, True, FLOATS[3], MXFP8, by_caller, False, 0))
+    yield ranks.machine
+    ranks = Ranks(8)
+    case = Case("sums", (9, *[0] * 7), num_topk=17, hidden=8)
+    for dtype in FLOATS:
+        for weights in FLOATS[2:]:
+            ranks.run(check, Drawn(case, dtype, dtype, False, weights, None, False, True, 0))
+    yield ranks.machine
+    ranks = Ranks(1, config=BufferConfig(timeout=1e9, num_sms=1))
+    case = Case("rows", (90,), num_topk=1, hidden=2056)
+    ranks.run(check, Drawn(case, FLOATS[0], FLOATS[0], False, FLOATS[2], None, False, False, 0))
+    yield ranks.machine
+
+
+def calls_that_fail() -> Iterator[Machine]:
+    for idx_dtype in (torch.int32, torch.int64):
+        ranks = Ranks(3)
+        ranks.run(check_errors, Case("errors", (5, 6, 7), idx_dtype=idx_dtype))
+        yield ranks.machine
+    ranks = Ranks(3, config=BufferConfig(timeout=3.0, num_sms=2))
+    ranks.run(check_late, Case("late", (5, 6, 7)))
+    yield ranks.machine
+    yield rows_that_do_not_arrive()
+
+
+class Forgetful(EmulatedDevice):
+    """A device that dies after its rank has met the others: its rows never come."""
+
+    def launch(self, launch: Launch) -> None:
+        """See `Device.launch`."""
+        if launch.kernel != "ep_arrive_kernel":
+            super().launch(launch)
+
+
+def check_no_arrival(backend: Backend, _reference: Backend, case: Case) -> None:
+    x = case.x(backend.rank, torch.bfloat16)
+    # Rank 1 has its own rows; whether the machine stops while it looks at them is open.
+    expected = pytest.raises(Fault, match="trap") if backend.rank == 0 else suppress(Fault)
+    with expected:
+        backend.dispatch(Rows(x), routing_of(case, backend.rank))
+
+
+def rows_that_do_not_arrive() -> Machine:
+    ranks = Ranks(2, config=BufferConfig(timeout=3.0, num_sms=2))
+    ranks.devices[1].__class__ = Forgetful
+    ranks.run(check_no_arrival, Case("no arrival", (5, 6)))
+    return ranks.machine
+
+
+def cast(machine: Machine, x: torch.Tensor, recipe: Fp8Recipe) -> None:
+    """The cast on its own: data and scales of `fp8.quantize`, without a destination."""
+    num_rows, hidden = x.shape
+    data, scales = fp8.quantize(x, recipe)
+    device = EmulatedDevice(machine, 0)
+    data_out = device.output(data.dtype, data.shape)
+    scales_out = device.output(scales.dtype, scales.shape)
+    args = _cuda.CastArgs(
+        x=device.input(x).address,
+        data=data_out.address,
+        scales=scales_out.address,
+        num_tokens=num_rows,
+        hidden=hidden,
+        recipe=_cuda.CastRecipe(recipe.block, recipe.scales, recipe.min_amax),
+    )
+    name = str(x.dtype).removeprefix("torch.")
+    device.launch(_cuda.plan_cast(args, getattr(_cuda.DType, name), 2))
+    assert torch.equal(bits(device.tensor(data_out)), bits(data))
+    assert torch.equal(bits(device.tensor(scales_out)), bits(scales))
+
+
+def casts_alone() -> Iterator[Machine]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        machine = Ranks(1).machine
+        for recipe in RECIPES:
+            if recipe.layout == "row_major":
+                x = Case("cast", (37,), hidden=1536).x(0, torch.float64)
+                x *= torch.exp2(torch.arange(1536) % 37 - 18)
+                x = x.to(dtype)
+                x[3, 100], x[4, 200], x[5] = torch.nan, -torch.inf, 0
+                cast(machine, x, recipe)
+        assert machine.report() == []
+        yield machine
+
+
+def reason(block: str) -> str:
+    """Return why a block, `ptx:LINE FILE:LINE in FILE:LINE`, is never reached; or nothing."""
+    for file, line in re.findall(r"(\w+\.cuh?):(\d+)", block):
+        text = (SOURCES / file).read_text().splitlines()[int(line) - 1]
+        for fragment, why in UNREACHABLE.items():
+            if fragment in text:
+                return why
+    if block.endswith(OPEN):
+        return "not reached by these calls, and not shown to be out of reach"
+    return ""
+
+
+def test_every_block_of_the_kernels_runs_or_has_a_reason() -> None:
+    coverage = Coverage()
+    for machines in (drawn_calls, large_calls, long_rows, calls_that_fail, casts_alone):
+        for machine in machines():
+            coverage.add(machine)
+    coverage.blocks.pop("host_waits")
+    print(coverage.table())
+    missed = [
+        f"{kernel} {block}" for kernel in coverage.blocks for block in coverage.missed(kernel)
+    ]
+    for block in missed:
+        print(block, "-", reason(block))
+    assert not [block for block in missed if not reason(block)]
+    assert 1 - len(missed) / sum(map(len, coverage.blocks.values())) >= LEAST
