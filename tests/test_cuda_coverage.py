@@ -1,4 +1,4 @@
-"""Every basic block of the kernels' PTX runs in some emulated test, or it is named here and why not.
+"""Every basic block of the kernels' PTX runs in some emulated call, or is named with a reason.
 
 The calls are compared with the reference bit for bit; what they leave out is counted.
 """
@@ -18,8 +18,9 @@ from ep_megatron.fp8 import MXFP8, Fp8Recipe
 from tests.routing import Case
 from tests.test_dispatch import bits
 
-_cuda = pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
+pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
+from ep_megatron import _cuda
 from tests.cuda.calls import FLOATS, RECIPES, Drawn, check, check_drawn
 from tests.cuda.emulated import EmulatedDevice, Launch, Ranks
 from tests.emulator.coverage import Coverage

@@ -1,4 +1,4 @@
-"""Calls drawn by a seed: every dtype, layout and cast that the kernels have, against the reference."""
+"""Calls drawn by a seed, of every dtype, layout and cast that the kernels have."""
 
 import random
 from dataclasses import dataclass, replace
