@@ -40,11 +40,15 @@ class Settings:
         overlap: run the halves of pairs node by node in turn; without it one after the other.
         launch_early: see `nodes.overlapped`; None: on a CPU, not on a GPU.
         timeout: seconds that a wait for another stage may take.
+        weights_hide: compute weights' gradients beside the exchange of their inputs' gradients. Off,
+            and `overlap` off, nothing runs beside an exchange: the base that overlap is compared
+            with.
     """
 
     overlap: bool = True
     launch_early: bool | None = None
     timeout: float = 600.0
+    weights_hide: bool = True
 
 
 @functools.cache
@@ -53,6 +57,7 @@ def get_forward_backward_func(
     overlap: bool = True,
     launch_early: bool | None = None,
     timeout: float = 600.0,
+    weights_hide: bool = True,
 ) -> "ForwardBackward":
     """Return what stands for Megatron's `get_forward_backward_func()`; the same for the same asked.
 
@@ -64,11 +69,12 @@ def get_forward_backward_func(
         overlap: see `Settings`.
         launch_early: see `Settings`.
         timeout: see `Settings`.
+        weights_hide: see `Settings`.
 
     Raises:
         ValueError: for an unknown name.
     """
-    return ForwardBackward(schedule, Settings(overlap, launch_early, timeout))
+    return ForwardBackward(schedule, Settings(overlap, launch_early, timeout, weights_hide))
 
 
 class ForwardBackward:
@@ -223,10 +229,12 @@ class ForwardBackward:
             launch_early=device.type == "cpu" if early is None else early,
             message_shape=shape,
             message_dtype=step.config.pipeline_dtype or step.config.params_dtype,
+            weights_hide=self.settings.weights_hide,
         )
         if self.recorder is not None:
             how = program.Options(
                 pairs=options.overlap,
+                weights_hide=options.weights_hide,
                 host_runs_ahead=False,
                 launch_early=options.launch_early,
                 whole_actions=True,

@@ -230,17 +230,21 @@ def forward(run: Pass, inputs: Tensors) -> Tensors:
     return run.run_forward(run.last, payload)
 
 
-def backward(run: Pass, grads: Tensors, split: bool = False) -> Tensors:
+def backward(
+    run: Pass, grads: Tensors, split: bool = False, weights_hide: bool = True
+) -> Tensors:
     """Run a pass backwards; return the inputs' gradients. Collective over the expert ranks.
 
-    Each node's weight gradients are computed while the exchange after it is under way; with `split`
-    not at all: `weight_gradients` does that later.
+    Each node's weight gradients are computed while the exchange after it is under way, or before it
+    without `weights_hide`; with `split` not at all: `weight_gradients` does that later.
     """
     for index in reversed(range(run.last + 1)):
         grads = run.run_backward(index, grads)
+        if not (split or weights_hide):
+            run.run_weights(index)
         if index:
             run.launch_adjoint(index - 1, grads, _now())
-        if not split:
+        if weights_hide and not split:
             run.run_weights(index)
         if index:
             grads = run.arrive(index - 1)

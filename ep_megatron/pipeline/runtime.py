@@ -47,12 +47,14 @@ class Options:
         launch_early: see `nodes.overlapped`.
         message_shape: of a message between stages; None where each message brings its shape.
         message_dtype: of a message between stages.
+        weights_hide: compute weights' gradients beside the exchange of their inputs' gradients.
     """
 
     overlap: bool
     launch_early: bool
     message_shape: tuple[int, ...] | None
     message_dtype: torch.dtype
+    weights_hide: bool = True
 
 
 def links_of(schedule: Schedule, rank: int) -> dict[tuple[int, str], Link]:
@@ -181,7 +183,7 @@ class Runtime:
         grads, is_split = self._output_grad(action), action.kind is Kind.I
         run = self._passes[key] if is_split else self._passes.pop(key)
         with self._hooks.backward():
-            (grad,) = nodes.backward(run, grads, split=is_split)
+            (grad,) = nodes.backward(run, grads, is_split, self._options.weights_hide)
         self._give_input_grad(action, grad)
 
     def _pair(self, ahead: Action, back: Action) -> None:

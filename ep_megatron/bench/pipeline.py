@@ -1,0 +1,215 @@
+"""Overlap measured: a pipeline schedule on two hosts that a slow link joins, in three modes.
+
+    blocking   nothing runs beside an exchange
+    lone       weights' gradients run beside the exchange of their inputs' gradients
+    overlap    and the two halves of a pair run beside each other's exchanges
+
+Two ranks, one per host, share the experts; every exchange crosses the link. From the recorded
+timelines: the step, the exposed communication (when an exchange runs and nothing is computed), and
+beside each the simulator's word on it, whose node times are those of the blocking run alone.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ep_megatron.bench.pipeline_model import EXPERT_RANKS, Sizes
+from ep_megatron.bench.pipeline_ranks import MODES, trace_file
+from ep_megatron.bench.two_hosts import run_ranks, two_hosts
+from ep_megatron.pipeline.calibrate import calibrate
+from ep_megatron.pipeline.measures import measure
+from ep_megatron.pipeline.page import Entry, to_html
+from ep_megatron.pipeline.picture import to_svg
+from ep_megatron.pipeline.simulate import simulate
+from ep_megatron.pipeline.trace import Timeline, read_trace, write_trace
+
+_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        schedules: names; those that run on one pipeline rank in pairs.
+        num_microbatches: of a step.
+        num_steps: measured per mode; modes take turns step by step.
+        compute_ms: what every compute node is padded to.
+        sizes: of the model.
+    """
+
+    schedules: tuple[str, ...] = ("dualpipev", "interleaved-overlap")
+    num_microbatches: int = 12
+    num_steps: int = 3
+    compute_ms: float = 40.0
+    sizes: Sizes = Sizes()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mode of one schedule over one link; times in milliseconds, medians over steps.
+
+    Attributes:
+        link: rate of the link.
+        schedule: its name.
+        mode: one of `MODES`.
+        step: from the first node's start to the last one's end, mean of both hosts.
+        min_step: the shortest.
+        max_step: the longest.
+        predicted_step: by the simulator, from the blocking run.
+        exposed: communication without compute, mean of both hosts.
+        predicted_exposed: by the simulator, from the blocking run.
+        exposed_share: `exposed` over that of the blocking run.
+        exchange: mean time of an exchange in the blocking run.
+        load: of the machine over the last minute, when the run ended.
+    """
+
+    link: str
+    schedule: str
+    mode: str
+    step: float
+    min_step: float
+    max_step: float
+    predicted_step: float
+    exposed: float
+    predicted_exposed: float
+    exposed_share: float
+    exchange: float
+    load: float
+
+
+def run(link: str, plan: Plan, folder: Path) -> list[Row]:
+    """Measure over one link and write the timelines into `folder`.
+
+    For every schedule: a Chrome trace per mode and host of the median step, and a page and a
+    picture of the overlapped step under the blocking one and its simulation.
+
+    Args:
+        link: rate, as `tc` spells it.
+        plan: what is measured.
+        folder: is made.
+
+    Raises:
+        HostsUnavailableError: this process may not make hosts here; with the reason.
+        RuntimeError: a rank failed, with its output; or gradients of two modes differ.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ep_bench_") as work, two_hosts(link) as hosts:
+        job = Path(work, "job.json")
+        job.write_text(json.dumps(asdict(plan) | {"folder": work, "modes": list(MODES)}))
+        arguments = ["-m", "ep_megatron.bench.pipeline_ranks", str(job)]
+        run_ranks(hosts, (1, 1), arguments, {}, _SECONDS)
+        load = os.getloadavg()[0]
+        rows = []
+        for schedule in plan.schedules:
+            steps = {
+                mode: [_read(Path(work), schedule, mode, step) for step in range(plan.num_steps)]
+                for mode in MODES
+            }
+            rows += _judge(link, schedule, steps, load, folder)
+    return rows
+
+
+_Step = list[Timeline]  # one timeline per expert rank
+
+
+def _read(folder: Path, schedule: str, mode: str, step: int) -> _Step:
+    files = [trace_file(folder, schedule, mode, step, rank) for rank in range(EXPERT_RANKS)]
+    return [read_trace(file) for file in files]
+
+
+def _duration(step: _Step) -> float:
+    return statistics.fmean(timeline.end - timeline.start for timeline in step)
+
+
+def _exposed(step: _Step) -> float:
+    return statistics.fmean(measure(timeline)[0].exposed for timeline in step)
+
+
+def _median_step(steps: Sequence[_Step]) -> _Step:
+    return sorted(steps, key=_duration)[len(steps) // 2]
+
+
+def _judge(
+    link: str, schedule: str, steps: dict[str, list[_Step]], load: float, folder: Path
+) -> list[Row]:
+    typical = {mode: _median_step(found) for mode, found in steps.items()}
+    base = typical["blocking"][0]
+    source = calibrate(base)
+    exchanges = [span.end - span.start for span in base.spans if span.lane == "comm"]
+    blocking = statistics.median(map(_exposed, steps["blocking"]))
+    rows, shown = [], []
+    for mode, found in steps.items():
+        run = calibrate(typical[mode][0])  # its schedule and how it ran; its times are not used
+        simulation = simulate(run.schedule, source.costs, run.options, f"{mode}, simulated")
+        exposed = statistics.median(map(_exposed, found))
+        durations = [_duration(step) / 1e3 for step in found]
+        rows.append(
+            Row(
+                link=link,
+                schedule=schedule,
+                mode=mode,
+                step=statistics.median(durations),
+                min_step=min(durations),
+                max_step=max(durations),
+                predicted_step=simulation.step_time / 1e3,
+                exposed=exposed / 1e3,
+                predicted_exposed=simulation.ranks[0].exposed / 1e3,
+                exposed_share=exposed / blocking,
+                exchange=statistics.fmean(exchanges) / 1e3,
+                load=load,
+            )
+        )
+        name = f"{schedule}-{link}-{mode}"
+        for rank, timeline in enumerate(typical[mode]):
+            write_trace(timeline, folder / f"{name}-rank{rank}.json")
+        shown.append(replace(typical[mode][0], title=f"{mode}, measured over {link}"))
+        if mode != "blocking":
+            shown.append(simulation.timeline)
+    title = f"{schedule} over {link}"
+    page = to_html(title, [Entry(timeline, ()) for timeline in shown])
+    (folder / f"{schedule}-{link}.html").write_text(page, encoding="utf-8")
+    for mode, timeline in (("blocking", shown[0]), ("overlap", shown[-2])):
+        picture = folder / f"{schedule}-{link}-{mode}.svg"
+        picture.write_text(to_svg(timeline), encoding="utf-8")
+    return rows
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print the rows as a table."""
+    table = Table("link", "schedule", "mode", pad_edge=False)
+    for column in ("exchange", "exposed", "of blocking", "simulated", "step", "simulated", "ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.link,
+            row.schedule,
+            row.mode,
+            f"{row.exchange:.1f} ms" if row.mode == "blocking" else "",
+            f"{row.exposed / 1e3:.2f} s",
+            f"{100 * row.exposed_share:.1f} %",
+            f"{row.predicted_exposed / 1e3:.2f} s",
+            f"{row.step / 1e3:.2f} s",
+            f"{row.predicted_step / 1e3:.2f} s",
+            f"{row.predicted_step / row.step:.3f}",
+        )
+    console.print(table)
+    load = max(row.load for row in rows)
+    words = (
+        "exposed: an exchange runs and nothing is computed; simulated: with the node times of the "
+        f"blocking run; ratio: simulated over measured step; load of the machine: {load:.1f}"
+    )
+    console.print(words, style="dim", highlight=False)
+
+
+def to_json(rows: Sequence[Row], plan: Plan) -> dict[str, Any]:
+    """Return the rows, times in milliseconds, and what was measured."""
+    return {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
