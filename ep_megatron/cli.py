@@ -105,6 +105,62 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+@app.command("bench-pipeline")
+def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
+    link: Annotated[
+        str, typer.Option(help="Rates of the link between the two hosts, by comma.")
+    ] = "200mbit,400mbit",
+    schedule: Annotated[
+        str, typer.Option(help="dualpipev, interleaved-overlap or both, by comma.")
+    ] = "",
+    num_microbatches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 12,
+    steps: Annotated[int, typer.Option(help="Steps of each mode; medians are reported.")] = 3,
+    compute_ms: Annotated[
+        float, typer.Option(help="Milliseconds that every compute node is padded to.")
+    ] = 40.0,
+    num_layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    hidden: Annotated[int, typer.Option(help="Elements per token, in float32.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences of 256 tokens per micro-batch.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Write traces, pages and pictures into this folder.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+) -> None:
+    """Measure how much communication a pipeline schedule hides, beside what the simulator says.
+
+    Two hosts are made for it (network namespaces), with one expert rank on each, joined by a slow
+    link. Real Megatron layers run, padded by sleep; gradients of all modes are compared in bits.
+    """
+    import json
+
+    from rich.console import Console
+
+    from ep_megatron.bench.pipeline import SCHEDULES, Plan, print_rows, run, to_json
+    from ep_megatron.bench.pipeline_model import Sizes
+
+    plan = Plan(
+        tuple(_choices("--schedule", schedule, SCHEDULES)),
+        _positive("--num-microbatches", num_microbatches),
+        _positive("--steps", steps),
+        compute_ms,
+        Sizes(
+            num_layers=_positive("--num-layers", num_layers),
+            hidden=_positive("--hidden", hidden),
+            batch=_positive("--batch", batch),
+        ),
+    )
+    rows = []
+    try:
+        for rate in link.split(","):
+            rows += run(rate, plan, output)
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    print_rows(rows, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(rows, plan), indent=1) + "\n")
+
+
 @app.command()
 def simulate(  # noqa: PLR0913  (every parameter is an option)
     schedule: Annotated[str, typer.Option(help="Schedules, separated by commas.")] = "dualpipev",
@@ -220,6 +276,12 @@ def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
         raise typer.BadParameter(f"{option}: expected positive numbers, got {text!r}")
     return [int(part) for part in text.split(",")]
+
+
+def _positive(option: str, value: int) -> int:
+    if value < 1:
+        raise typer.BadParameter(f"{option}: expected a positive number, got {value}")
+    return value
 
 
 def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:

@@ -4,10 +4,11 @@ A token travels once per destination rank. Expert-major rows are made, and summe
 holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ranks, H hidden.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.meeting import Meeting, has_gloo
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
     count_tokens,
@@ -29,6 +30,7 @@ from ep_megatron.layout import (
 )
 
 _Result = TypeVar("_Result")
+_ROWS_TAG = 1  # of messages on the connections; 0 is the meeting's
 
 
 class ProcessGroupBackend:
@@ -47,6 +49,9 @@ class ProcessGroupBackend:
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
         self._group, self._timeout = group, timeout
         self._meeting = Meeting(group, timeout, is_private=True)
+        # Rows to higher ranks go over one, to lower ranks over the other: gloo answers "ready to
+        # receive" on the connection that carries rows, where it would queue behind them.
+        self._down = Meeting(group, timeout, is_private=True) if has_gloo(group) else None
         self.rank, self.num_ranks = self._meeting.rank, self._meeting.num_ranks
         self._num_calls = 0
         self._broken = ""
@@ -250,18 +255,18 @@ class ProcessGroupBackend:
     ) -> Tensor:
         received = values.new_empty(sum(recv_counts), *values.shape[1:])
         # Without elements any strides count as contiguous, but not every view of them is allowed.
-        sent = values.contiguous() if values.numel() else values.new_empty(values.shape)
+        dense = values.contiguous() if values.numel() else values.new_empty(values.shape)
         # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
-        group = self._meeting.gloo if values.device.type == "cpu" else self._group
+        to, sent = (tensor.flatten(1).view(torch.uint8) for tensor in (received, dense))
+        deadline = time.monotonic() + self._timeout
         try:
-            work = group.alltoall_base(
-                received.flatten(1).view(torch.uint8),
-                sent.flatten(1).view(torch.uint8),
-                list(recv_counts),
-                list(send_counts),
-                dist.AllToAllOptions(),
-            )
-            work.wait(timedelta(seconds=self._timeout))
+            if self._down is not None and values.device.type == "cpu":
+                works = self._post(to.split(recv_counts), sent.split(send_counts), self._down.gloo)
+            else:
+                counts = list(recv_counts), list(send_counts)
+                works = [self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())]
+            for work in works:
+                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
             self._broken = "its rows did not come"
             raise RuntimeError(
@@ -270,6 +275,19 @@ class ProcessGroupBackend:
                 "the rows. This Buffer and its process group cannot go on"
             ) from error
         return received
+
+    def _post(self, receives: Sequence[Tensor], sends: Sequence[Tensor], down: Any) -> list[Any]:
+        """Start to move each rank's part, every receive before a send; return what to wait for."""
+        up, works = self._meeting.gloo, []
+        receives[self.rank].copy_(sends[self.rank])
+        for is_receive, parts in ((True, receives), (False, sends)):
+            for peer, part in enumerate(parts):
+                if peer == self.rank or len(part) == 0:
+                    continue
+                group = up if (peer > self.rank) != is_receive else down
+                post = group.recv if is_receive else group.send
+                works.append(post([part], peer, _ROWS_TAG))
+        return works
 
     def _by_rank(self, returned: Tensor, handle: DispatchHandle) -> list[tuple[Tensor, Tensor]]:
         """Split what came back into (tokens, rows) of each rank, in ascending rank order."""

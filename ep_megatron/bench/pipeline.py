@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ from ep_megatron.pipeline.calibrate import calibrate
 from ep_megatron.pipeline.measures import measure
 from ep_megatron.pipeline.page import Entry, to_html
 from ep_megatron.pipeline.picture import to_svg
-from ep_megatron.pipeline.simulate import simulate
+from ep_megatron.pipeline.simulate import Simulation, simulate
 from ep_megatron.pipeline.trace import Timeline, read_trace, write_trace
 
-_SECONDS = 1800
+SCHEDULES = ("dualpipev", "interleaved-overlap")
+"""Those that have pairs on one pipeline rank."""
+
+_SECONDS = 1800  # for all schedules over one link
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,18 @@ class Plan:
     """What is measured.
 
     Attributes:
-        schedules: names; those that run on one pipeline rank in pairs.
+        schedules: names, of `SCHEDULES`.
         num_microbatches: of a step.
         num_steps: measured per mode; modes take turns step by step.
         compute_ms: what every compute node is padded to.
         sizes: of the model.
     """
 
-    schedules: tuple[str, ...] = ("dualpipev", "interleaved-overlap")
+    schedules: tuple[str, ...] = SCHEDULES
     num_microbatches: int = 12
     num_steps: int = 3
     compute_ms: float = 40.0
-    sizes: Sizes = Sizes()
+    sizes: Sizes = field(default_factory=Sizes)
 
 
 @dataclass(frozen=True)
@@ -86,22 +89,21 @@ class Row:
     load: float
 
 
-def run(link: str, plan: Plan, folder: Path) -> list[Row]:
-    """Measure over one link and write the timelines into `folder`.
+def run(link: str, plan: Plan, folder: Path | None = None) -> list[Row]:
+    """Measure over one link; write the timelines into `folder` if given.
 
-    For every schedule: a Chrome trace per mode and host of the median step, and a page and a
-    picture of the overlapped step under the blocking one and its simulation.
+    For every schedule: a Chrome trace per mode and host of the median step, a page of these steps
+    with their simulations, and a picture of the overlapped one.
 
     Args:
         link: rate, as `tc` spells it.
         plan: what is measured.
-        folder: is made.
+        folder: is made where it is not.
 
     Raises:
         HostsUnavailableError: this process may not make hosts here; with the reason.
         RuntimeError: a rank failed, with its output; or gradients of two modes differ.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ep_bench_") as work, two_hosts(link) as hosts:
         job = Path(work, "job.json")
         job.write_text(json.dumps(asdict(plan) | {"folder": work, "modes": list(MODES)}))
@@ -114,7 +116,9 @@ def run(link: str, plan: Plan, folder: Path) -> list[Row]:
                 mode: [_read(Path(work), schedule, mode, step) for step in range(plan.num_steps)]
                 for mode in MODES
             }
-            rows += _judge(link, schedule, steps, load, folder)
+            rows += _judge(link, schedule, steps, load)
+            if folder is not None:
+                _write(link, schedule, steps, folder)
     return rows
 
 
@@ -138,18 +142,19 @@ def _median_step(steps: Sequence[_Step]) -> _Step:
     return sorted(steps, key=_duration)[len(steps) // 2]
 
 
-def _judge(
-    link: str, schedule: str, steps: dict[str, list[_Step]], load: float, folder: Path
-) -> list[Row]:
-    typical = {mode: _median_step(found) for mode, found in steps.items()}
-    base = typical["blocking"][0]
-    source = calibrate(base)
-    exchanges = [span.end - span.start for span in base.spans if span.lane == "comm"]
+def _foretell(base: _Step, step: _Step, title: str) -> Simulation:
+    """Simulate what `step` ran, with the node times of `base` alone."""
+    ran = calibrate(step[0])
+    return simulate(ran.schedule, calibrate(base[0]).costs, ran.options, title)
+
+
+def _judge(link: str, schedule: str, steps: dict[str, list[_Step]], load: float) -> list[Row]:
+    base = _median_step(steps["blocking"])
+    exchanges = [span.end - span.start for span in base[0].spans if span.lane == "comm"]
     blocking = statistics.median(map(_exposed, steps["blocking"]))
-    rows, shown = [], []
+    rows = []
     for mode, found in steps.items():
-        run = calibrate(typical[mode][0])  # its schedule and how it ran; its times are not used
-        simulation = simulate(run.schedule, source.costs, run.options, f"{mode}, simulated")
+        simulation = _foretell(base, _median_step(found), mode)
         exposed = statistics.median(map(_exposed, found))
         durations = [_duration(step) / 1e3 for step in found]
         rows.append(
@@ -168,19 +173,25 @@ def _judge(
                 load=load,
             )
         )
-        name = f"{schedule}-{link}-{mode}"
-        for rank, timeline in enumerate(typical[mode]):
-            write_trace(timeline, folder / f"{name}-rank{rank}.json")
-        shown.append(replace(typical[mode][0], title=f"{mode}, measured over {link}"))
-        if mode != "blocking":
-            shown.append(simulation.timeline)
-    title = f"{schedule} over {link}"
-    page = to_html(title, [Entry(timeline, ()) for timeline in shown])
-    (folder / f"{schedule}-{link}.html").write_text(page, encoding="utf-8")
-    for mode, timeline in (("blocking", shown[0]), ("overlap", shown[-2])):
-        picture = folder / f"{schedule}-{link}-{mode}.svg"
-        picture.write_text(to_svg(timeline), encoding="utf-8")
     return rows
+
+
+def _write(link: str, schedule: str, steps: dict[str, list[_Step]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name, shown = f"{schedule}-{link}", []
+    base = _median_step(steps["blocking"])
+    for mode, found in steps.items():
+        step = _median_step(found)
+        for rank, timeline in enumerate(step):
+            write_trace(timeline, folder / f"{name}-{mode}-rank{rank}.json")
+        shown.append(replace(step[0], title=f"{mode}, measured over {link}"))
+        if mode != "blocking":
+            shown.append(_foretell(base, step, f"{mode}, simulated").timeline)
+        if mode == "overlap":
+            picture = to_svg(shown[-2], duration=base[0].end - base[0].start)
+            (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
+    page = to_html(f"{schedule} over {link}", [Entry(timeline) for timeline in shown])
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:

@@ -40,9 +40,8 @@ class Settings:
         overlap: run the halves of pairs node by node in turn; without it one after the other.
         launch_early: see `nodes.overlapped`; None: on a CPU, not on a GPU.
         timeout: seconds that a wait for another stage may take.
-        weights_hide: compute weights' gradients beside the exchange of their inputs' gradients. Off,
-            and `overlap` off, nothing runs beside an exchange: the base that overlap is compared
-            with.
+        weights_hide: compute weights' gradients beside the exchange of their inputs' gradients.
+            Off, and `overlap` off, nothing runs beside an exchange: what overlap is compared with.
     """
 
     overlap: bool = True

@@ -230,9 +230,7 @@ def forward(run: Pass, inputs: Tensors) -> Tensors:
     return run.run_forward(run.last, payload)
 
 
-def backward(
-    run: Pass, grads: Tensors, split: bool = False, weights_hide: bool = True
-) -> Tensors:
+def backward(run: Pass, grads: Tensors, split: bool = False, weights_hide: bool = True) -> Tensors:
     """Run a pass backwards; return the inputs' gradients. Collective over the expert ranks.
 
     Each node's weight gradients are computed while the exchange after it is under way, or before it
