@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from ep_megatron.bench.pipeline_ranks import MODES
 from ep_megatron.bench.two_hosts import HostsUnavailableError, two_hosts
+from ep_megatron.cli import app
 from ep_megatron.pipeline.measures import measure
 from ep_megatron.pipeline.trace import read_trace
 
@@ -66,9 +68,6 @@ def test_wrong_options_are_refused() -> None:
         (["--schedule", "zbv"], "expected one of dualpipev, interleaved-overlap, got 'zbv'"),
         (["--steps", "0"], "--steps: expected a positive number, got 0"),
     ):
-        done = subprocess.run(
-            [*COMMAND, *option], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 2
-        words = " ".join(done.stderr.replace("\u2502", " ").split())
-        assert message in words
+        result = CliRunner().invoke(app, ["bench-pipeline", *option])
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.replace("\u2502", " ").split())
