@@ -4,6 +4,7 @@
 """
 
 import functools
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -65,8 +66,8 @@ def run(text: str, seed: int, mode: str, *, arrives: bool = True) -> set[str]:
     return {kind for kind, _ in reports} | (set() if is_same else {"data"})
 
 
-def verdicts(kernel: str, seeds: range = SEEDS) -> list[Verdict]:
-    """Judge every mutant of a kernel."""
+def verdicts(kernel: str, seeds: range = SEEDS, without: Collection[str] = ()) -> list[Verdict]:
+    """Judge every mutant of a kernel, but for some changes."""
     ptx = next(ptx for ptx in shipped_ptx() if f".entry {kernel}" in ptx)
 
     def notice(text: str, seed: int, mode: str) -> set[str]:
@@ -75,7 +76,7 @@ def verdicts(kernel: str, seeds: range = SEEDS) -> list[Verdict]:
             noticed = run(text, seed, mode, arrives=False)
         return noticed
 
-    return judge(ptx, kernel, notice, seeds)
+    return judge(ptx, kernel, notice, seeds, without)
 
 
 def _outcome(
