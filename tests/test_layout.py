@@ -69,12 +69,12 @@ def check_layout(rank: int) -> None:
     per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(
         RANK_0, 4, previous_event=Buffer.capture(), async_finish=True
     )
+    event.current_stream_wait()
     expected = count_tokens(RANK_0, 4, 2)
     assert per_node is None
     assert torch.equal(per_rank, expected.num_tokens_per_rank)
     assert torch.equal(per_expert, expected.num_tokens_per_expert)
     assert torch.equal(in_rank, expected.is_token_in_rank)
-    event.current_stream_wait()
     # As DeepEP's callers do: the layout's four results and its event go on to dispatch.
     x = torch.randn(3, 16)
     weights = torch.rand(3, 2)
