@@ -144,9 +144,9 @@ bool combine(Exchange& exchange,
 /// Where the words of a segment's control part lie, in bytes, for whoever looks at a live group.
 std::map<std::string, size_t> control_layout() {
     return {
-        {"magic", offsetof(Control, magic)},
-        {"rank", offsetof(Control, rank)},
-        {"num_ranks", offsetof(Control, num_ranks)},
+        {"magic", offsetof(Control, head.magic)},
+        {"rank", offsetof(Control, head.rank)},
+        {"num_ranks", offsetof(Control, head.num_ranks)},
         {"epoch", offsetof(Control, epoch)},
         {"operation", offsetof(Control, operation)},
         {"gave_up", offsetof(Control, gave_up)},

@@ -6,7 +6,6 @@ whole model gives, and compare.
 """
 
 import contextlib
-import copy
 import functools
 import zlib
 from collections.abc import Callable, Iterator
@@ -270,26 +269,14 @@ def build_chunks(name: str, shape: Shape, layout: Layout) -> list[Any]:
     return chunks
 
 
-class _HalfOfTwo:
-    """A pipeline group of two, seen by one of its ranks; both halves of a V can be on one rank."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return 2
-
-
 def _v_on_one_rank(shape: Shape, layout: Layout, groups: Any) -> list[Any]:
     """Both chunks of a V with P = 1: Megatron itself has no virtual stages without a pipeline."""
+    from ep_megatron.pipeline import placement
+
     config = config_of(shape, replace(layout, pp=2))
     chunks = []
     for half in range(2):
-        its_groups = copy.copy(groups)
-        its_groups.pp, its_groups.embd, its_groups.pos_embd = _HalfOfTwo(half), None, None
+        its_groups = placement.groups_of_half(groups, half)
         ends = {"pre_process": half == 0, "post_process": half == 1}
         chunks.append(build_gpt(config, shape, half, pg_collection=its_groups, **ends))
     return chunks

@@ -20,6 +20,13 @@ constexpr int kNumCallFields = 16;
 constexpr int kErrorBytes = 512;
 constexpr uint64_t kNoPlace = ~uint64_t{0};
 
+/// What every segment begins with, so that a peer can tell what it is and whose.
+struct SegmentHead {
+    uint64_t magic;
+    uint32_t rank;
+    uint32_t num_ranks;
+};
+
 /// A word that one rank (the raiser) counts up and one rank (the owner of the segment) waits on.
 /// Order: what the raiser wrote before raise() is seen by the owner after it saw the epoch
 /// (release, acquire). Never reset: epochs only grow, and are compared by difference.
@@ -57,9 +64,7 @@ struct alignas(64) Grant {
 };
 
 struct Control {
-    uint64_t magic;
-    uint32_t rank;
-    uint32_t num_ranks;
+    SegmentHead head;
     std::atomic<uint32_t> epoch;        // the call this rank is in or has last made
     std::atomic<uint32_t> operation;    // of that call: index into kOperations
     std::atomic<uint32_t> gave_up;      // the call this rank left without finishing it, 0 if none

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/errors.h"
+#include "cpu/peer_segments.h"
 #include "cpu/peers.h"
 
 namespace ep {
@@ -44,6 +45,10 @@ void write_error(Post& post, ErrorKind kind, const std::string& error) {
     post.error[kErrorBytes - 1] = 0;
 }
 
+SegmentHead head(int rank, int num_ranks) {
+    return {kMagic, static_cast<uint32_t>(rank), static_cast<uint32_t>(num_ranks)};
+}
+
 }  // namespace
 
 Sections::Sections(const RowBytes& row, int64_t num_rows, int num_topk, bool expand) {
@@ -79,35 +84,15 @@ Exchange::Exchange(
       folder_(std::move(folder)),
       options_(std::move(options)),
       workers_(options_.num_threads) {
-    if (num_ranks < 1 || num_ranks > kMaxRanks || rank < 0 || rank >= num_ranks)
-        throw std::invalid_argument(text("shared_memory: expected 1 to ", kMaxRanks,
-                                         " ranks on one host, got ", num_ranks));
-    own_ = Segment::create(folder_, name, kControlBytes + options_.max_bytes);
-    own_->commit(kControlBytes);
-    auto* control = reinterpret_cast<Control*>(own_->base());
-    control->rank = static_cast<uint32_t>(rank);
-    control->num_ranks = static_cast<uint32_t>(num_ranks);
-    control->magic = kMagic;
+    own_ =
+        make_own_segment(folder_, name, head(rank, num_ranks), kControlBytes, options_.max_bytes);
     arena_ = std::make_shared<Arena>(own_, kControlBytes);
     segments_.resize(static_cast<size_t>(num_ranks));
     segments_[static_cast<size_t>(rank)] = own_;
 }
 
 void Exchange::attach(const std::vector<std::string>& names) {
-    if (names.size() != segments_.size())
-        fail("Buffer: expected ", segments_.size(), " segment names, got ", names.size());
-    for (int rank = 0; rank < static_cast<int>(names.size()); ++rank) {
-        if (rank == rank_) continue;
-        const std::string& name = names[static_cast<size_t>(rank)];
-        auto segment = Segment::open(folder_, name);
-        if (segment->num_bytes() < kControlBytes) fail(name, " is too small to be a segment");
-        segment->populate(kControlBytes);
-        const auto* control = reinterpret_cast<const Control*>(segment->base());
-        if (control->magic != kMagic || control->rank != static_cast<uint32_t>(rank) ||
-            control->num_ranks != segments_.size())
-            fail(name, " is not the segment of rank ", rank, " of ", segments_.size());
-        segments_[static_cast<size_t>(rank)] = std::move(segment);
-    }
+    map_peer_segments(folder_, names, head(rank_, num_ranks()), kControlBytes, segments_);
     meeting_ = std::make_unique<Meeting>(rank_, segments_, options_.wait);
     statistics_ = std::make_unique<Statistics>(rank_, num_ranks());
 }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "cpu/peer_segments.h"
 #include "cpu/peers.h"
 
 // Lists beside the rows. Dispatch: int32 [E + 1], where each expert's tokens begin, then the tokens
@@ -35,6 +36,10 @@ struct Places {
     int64_t begin, count;
 };
 
+SegmentHead head(int rank, int num_ranks) {
+    return {kPackedMagic, static_cast<uint32_t>(rank), static_cast<uint32_t>(num_ranks)};
+}
+
 }  // namespace
 
 /// What a rank that is not masked has sent, within the bounds of its segment.
@@ -53,33 +58,15 @@ LowLatency::LowLatency(
       folder_(std::move(folder)),
       options_(std::move(options)),
       workers_(options_.num_threads) {
-    if (num_ranks < 1 || num_ranks > kMaxRanks || rank < 0 || rank >= num_ranks)
-        throw std::invalid_argument(text("shared_memory: expected 1 to ", kMaxRanks,
-                                         " ranks on one host, got ", num_ranks));
-    own_ = Segment::create(folder_, name, kPackedControlBytes + options_.max_bytes);
-    own_->commit(kPackedControlBytes);
-    auto* control = reinterpret_cast<PackedControl*>(own_->base());
-    control->rank = static_cast<uint32_t>(rank);
-    control->num_ranks = static_cast<uint32_t>(num_ranks);
-    control->magic = kPackedMagic;
+    own_ = make_own_segment(folder_, name, head(rank, num_ranks), kPackedControlBytes,
+                            options_.max_bytes);
     arena_ = std::make_shared<Arena>(own_, kPackedControlBytes);
     segments_.resize(static_cast<size_t>(num_ranks));
     segments_[static_cast<size_t>(rank)] = own_;
 }
 
 void LowLatency::attach(const std::vector<std::string>& names) {
-    for (int rank = 0; rank < static_cast<int>(names.size()); ++rank) {
-        if (rank == rank_) continue;
-        const std::string& name = names[static_cast<size_t>(rank)];
-        auto segment = Segment::open(folder_, name);
-        if (segment->num_bytes() < kPackedControlBytes) fail(name, " is too small to be a segment");
-        const auto* control = reinterpret_cast<const PackedControl*>(segment->base());
-        if (control->magic != kPackedMagic || control->rank != static_cast<uint32_t>(rank) ||
-            control->num_ranks != segments_.size())
-            fail(name, " is not the segment of rank ", rank, " of ", segments_.size());
-        segment->populate(kPackedControlBytes);
-        segments_[static_cast<size_t>(rank)] = std::move(segment);
-    }
+    map_peer_segments(folder_, names, head(rank_, num_ranks()), kPackedControlBytes, segments_);
     meeting_ =
         std::make_unique<PackedMeeting>(rank_, segments_, options_.wait, options_.enable_shrink);
 }

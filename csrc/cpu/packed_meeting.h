@@ -40,9 +40,7 @@ struct alignas(64) PackedPost {
 };
 
 struct PackedControl {
-    uint64_t magic;
-    uint32_t rank;
-    uint32_t num_ranks;
+    SegmentHead head;
     std::atomic<uint32_t> epoch;      // the call whose sending half began last
     std::atomic<uint32_t> operation;  // of that call: index into kPackedOperations
     std::atomic<uint32_t> gave_up;    // the call this rank left without finishing it, 0 if none

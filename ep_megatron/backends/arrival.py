@@ -77,9 +77,8 @@ class Arrival:
 
     def ordinary(self, num_rows: int) -> Rows:
         """Return uninitialised tensors for received rows, as they are asked for."""
-        weights, idx = self.sent.topk_weights, self.topk_idx
-        if weights is not None:
-            weights = weights.new_empty(self._weights_shape(num_rows))
+        weights = self.sent.new_weights(*self._weights_shape(num_rows))
+        idx = self.topk_idx
         if idx is not None:
             idx = idx.new_empty(num_rows, self.num_topk)
         return Rows(*self.sent.new_arrived(num_rows), weights, idx)

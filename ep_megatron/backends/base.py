@@ -68,6 +68,21 @@ class Rows:
         x, scales = self.x.new_empty(num_rows, hidden), self.scales
         return x, None if scales is None else scales.new_empty(num_rows, scales.shape[1])
 
+    def new_weights(self, *shape: int) -> Tensor | None:
+        """Return uninitialised weights, where these rows have some."""
+        return None if self.topk_weights is None else self.topk_weights.new_empty(*shape)
+
+    def new_received(self, handle: DispatchHandle) -> "Rows":
+        """Return uninitialised tensors for what arrives here of such rows along `handle`."""
+        columns = () if handle.expand else (handle.num_topk,)
+        num_rows = handle.num_recv_rows
+        return Rows(*self.new_arrived(num_rows), self.new_weights(num_rows, *columns))
+
+    def new_combined(self, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
+        """Return uninitialised tensors for the tokens, and weights, such rows are summed to."""
+        tokens = self.x.new_empty(handle.num_tokens, self.x.shape[1])
+        return tokens, self.new_weights(handle.num_tokens, handle.num_topk)
+
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return the tensors in the order of the attributes."""
         return self.x, self.scales, self.topk_weights, self.topk_idx

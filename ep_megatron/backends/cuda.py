@@ -123,12 +123,7 @@ class CudaBackend:
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
         """See `Backend.new_received`."""
-        x, scales = rows.new_arrived(handle.num_recv_rows)
-        columns = () if handle.expand else (handle.num_topk,)
-        weights = rows.topk_weights
-        if weights is not None:
-            weights = weights.new_empty(handle.num_recv_rows, *columns)
-        return Received(Rows(x, scales, weights))
+        return Received(rows.new_received(handle))
 
     def dispatch_again(
         self, rows: Rows, handle: DispatchHandle, received: Received | None = None
@@ -146,10 +141,7 @@ class CudaBackend:
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
-        weights = rows.topk_weights
-        if weights is not None:
-            weights = weights.new_empty(handle.num_tokens, handle.num_topk)
-        return rows.x.new_empty(handle.num_tokens, rows.x.shape[1]), weights
+        return rows.new_combined(handle)
 
     def combine(
         self,

@@ -75,11 +75,7 @@ class ProcessGroupBackend:
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
         """See `Backend.new_received`."""
-        columns = () if handle.expand else (handle.num_topk,)
-        weights = rows.topk_weights
-        if weights is not None:
-            weights = weights.new_empty(handle.num_recv_rows, *columns)
-        return Received(self._new_rows(rows, handle, weights))
+        return Received(rows.new_received(handle))
 
     def dispatch_again(
         self, rows: Rows, handle: DispatchHandle, received: Received | None = None
@@ -97,10 +93,7 @@ class ProcessGroupBackend:
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
-        weights = rows.topk_weights
-        if weights is not None:
-            weights = weights.new_empty(handle.num_tokens, handle.num_topk)
-        return rows.x.new_empty(handle.num_tokens, rows.x.shape[1]), weights
+        return rows.new_combined(handle)
 
     def combine(
         self,
@@ -214,12 +207,8 @@ class ProcessGroupBackend:
         weights = rows.topk_weights
         if weights is not None:
             weights = self._local_weights(self._send(weights, handle), handle)
-        received = self._new_rows(rows, handle, weights)
+        received = Rows(*rows.new_arrived(handle.num_recv_rows), weights)
         return handle, received if routing.expand else replace(received, topk_idx=local_idx)
-
-    @staticmethod
-    def _new_rows(rows: Rows, handle: DispatchHandle, weights: Tensor | None) -> Rows:
-        return Rows(*rows.new_arrived(handle.num_recv_rows), weights)
 
     @staticmethod
     def _local_weights(weights: Tensor, handle: DispatchHandle) -> Tensor:

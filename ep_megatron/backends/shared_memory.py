@@ -187,11 +187,8 @@ class SharedMemoryBackend:
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
-        x, weights = rows.x, rows.topk_weights
-        out_weights = None
-        if weights is not None:
-            out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
-        return self.new_rows(handle.num_tokens, x), out_weights
+        out = self.new_rows(handle.num_tokens, rows.x)
+        return out, rows.new_weights(handle.num_tokens, handle.num_topk)
 
     def combine(
         self,

@@ -4,7 +4,6 @@ As many experts as ranks and as many slots: every token has an expert on every r
 and micro-batches have the same load, and a step is the same from run to run.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_megatron.pipeline.placement import V_SHAPED
+from ep_megatron.pipeline.placement import V_SHAPED, groups_of_half
 
 VOCABULARY = 64
 EXPERT_RANKS = 2
@@ -34,19 +33,6 @@ class Sizes:
         return self.sequence * self.batch * self.hidden * 4
 
 
-class _HalfOfTwo:
-    """A pipeline group of two, seen by one of its ranks: both halves of a V are on this rank."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return 2
-
-
 def build_chunks(schedule: str, sizes: Sizes) -> list[Any]:
     """Return this rank's chunks for a schedule on one pipeline rank: two halves of a V, or all.
 
@@ -59,9 +45,7 @@ def build_chunks(schedule: str, sizes: Sizes) -> list[Any]:
         return [_gpt(_config(sizes, 1), sizes, 0, groups, (True, True))]
     chunks = []
     for half in range(2):
-        # Megatron has no virtual stages without a pipeline; only building looks at the group.
-        its_groups = copy.copy(groups)
-        its_groups.pp, its_groups.embd, its_groups.pos_embd = _HalfOfTwo(half), None, None
+        its_groups = groups_of_half(groups, half)
         config = _config(sizes, 2)
         chunks.append(_gpt(config, sizes, half, its_groups, (half == 0, half == 1)))
     return chunks

@@ -52,6 +52,33 @@ class GroupOfOne:
         return 1
 
 
+class _HalfOfTwo:
+    """A pipeline group of two, seen by one of its ranks; for building only."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return 2
+
+
+def groups_of_half(groups: Any, half: int) -> Any:
+    """Return process groups to build half a V with where one rank has both.
+
+    Megatron has no virtual stages without a pipeline, so each half is built as a rank of two.
+
+    Args:
+        groups: the ProcessGroupCollection of the model; not changed.
+        half: 0 or 1.
+    """
+    its_groups = copy.copy(groups)
+    its_groups.pp, its_groups.embd, its_groups.pos_embd = _HalfOfTwo(half), None, None
+    return its_groups
+
+
 @dataclass(frozen=True)
 class ChunkPlacement:
     """What to build one chunk with, by the names of GPTModel's arguments.
