@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_megatron import backends, layout
+from ep_megatron import backends, layout, recompute
 from ep_megatron.arguments import (
     check_topk_idx,
     check_topk_range,
@@ -266,8 +266,10 @@ class Buffer(LowLatencyVerbs, Settings):
             return self._dispatch_again(
                 x, topk_idx, topk_weights, handle, previous_event, async_finish, fp8, widen_to
             )
+        kept: recompute.KeptDispatch | None = None
 
         def check() -> tuple[Rows, Routing | AnyHandle]:
+            nonlocal kept
             experts = num_experts
             if experts is None and num_tokens_per_expert is not None:
                 experts = len(num_tokens_per_expert)
@@ -275,11 +277,18 @@ class Buffer(LowLatencyVerbs, Settings):
                 missing = "topk_idx" if topk_idx is None else "num_tokens_per_expert"
                 raise ValueError(f"dispatch: expected {missing} or a handle, got None")
             routing = Routing(topk_idx, experts, expand, expert_alignment, num_worst_tokens)
-            return dispatch_rows(
-                "dispatch", x, topk_weights, routing, self.group_size, fp8, widen_to
-            )
+            kept = recompute.take(self._calls, routing)
+            way = routing if kept is None else kept.handle
+            return dispatch_rows("dispatch", x, topk_weights, way, self.group_size, fp8, widen_to)
 
         rows, routing = self._checked("dispatch", check, async_finish)
+        if kept is not None:
+            received, event = self._calls.dispatch_again(
+                rows, kept.handle, previous_event, async_finish
+            )
+            idx, counts = kept.received()
+            weights = received.topk_weights
+            return _with_scales(received), idx, weights, counts, kept.handle, event
         assert isinstance(routing, Routing)
         new_handle: AnyHandle
         if num_worst_tokens:
@@ -292,6 +301,8 @@ class Buffer(LowLatencyVerbs, Settings):
                 rows, routing, previous_event, async_finish
             )
             counts = list(new_handle.num_recv_tokens_per_expert)
+        if recompute.is_recording():
+            event = self._calls.keep(routing, received, new_handle, event, async_finish)
         return (
             _with_scales(received),
             received.topk_idx,

@@ -5,7 +5,9 @@ the other on the communication stream. So all ranks make them in the order in wh
 for, and what one call needs of the ranks never interleaves with another.
 """
 
+import functools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -13,12 +15,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ep_megatron import recompute
 from ep_megatron.backends.base import Backend, Received, Routing, Rows
 from ep_megatron.backends.casting import copy_rows
 from ep_megatron.backends.packed import LowLatencyBackend
 from ep_megatron.handle import AnyHandle, CapacityHandle, DispatchHandle, exact
 from ep_megatron.settings import Settings
-from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, handle_of
+from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, after_all, handle_of
 
 _Sizes = TypeVar("_Sizes")
 _Announce = Callable[[tuple[Rows, DispatchHandle]], None]
@@ -273,6 +276,26 @@ class Calls:
             at_start=lambda: exact(handle),
         )
         return *combined, event
+
+    def keep(
+        self,
+        routing: Routing,
+        received: Rows,
+        handle: AnyHandle,
+        event: EventOverlap,
+        async_finish: bool,
+    ) -> EventOverlap:
+        """Keep a fresh dispatch for recomputation; return the event behind which it is kept."""
+        idx = received.topk_idx
+        if idx is not None:
+            # A copy, as received rows may be views of the same memory.
+            theirs, idx = idx, torch.empty_like(idx)
+            copied = self.run_local(
+                "dispatch", functools.partial(idx.copy_, theirs), idx, None, async_finish
+            )
+            event = EventOverlap(after_all(event, copied))
+        recompute.keep(recompute.KeptDispatch(weakref.ref(self), routing.copy(), idx, handle))
+        return event
 
     def fail(self, operation: str, error: str, async_finish: bool) -> None:
         """Tell the other ranks, in turn, that this one cannot take part in this call."""

@@ -27,6 +27,7 @@ FLOORS = [
         "backends.casting",
         "backends.gpu",
         "backends.packed",
+        "recompute",
     },
     {"backends.arrival", "backends.device_arena", "packed_arguments"},
     {

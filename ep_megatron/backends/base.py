@@ -106,6 +106,10 @@ class Routing:
         topk_idx = self.topk_idx.contiguous()
         return self if topk_idx is self.topk_idx else replace(self, topk_idx=topk_idx)
 
+    def copy(self) -> "Routing":
+        """Return the same in memory of its own."""
+        return replace(self, topk_idx=self.topk_idx.clone())
+
 
 @dataclass(frozen=True)
 class Received:

@@ -2,8 +2,8 @@
 
 Two ways over one dispatcher:
 
-- `install` rebinds three names, so that TransformerConfig, MoELayer and every command line parser
-  with a `--moe-token-dispatcher-type` option accept "deepep";
+- `install` rebinds names, so that TransformerConfig, MoELayer and every command line parser with a
+  `--moe-token-dispatcher-type` option accept "deepep", and recomputation keeps handles;
 - `patch_spec` touches nothing inside Megatron: it returns a copy of a layer or block spec in which
   every MoELayer is an EPMoELayer.
 """
@@ -16,12 +16,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import megatron.core.tensor_parallel.random as megatron_random
 import megatron.core.transformer.moe.moe_layer as megatron_moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ep_megatron import recompute
 from ep_megatron.fp8 import WireDtype, wire_recipe
 from ep_megatron.megatron.token_dispatcher import DeepEPTokenDispatcher
 
@@ -75,6 +77,7 @@ def install(
     if not _rebound:
         _rebind(TransformerConfig, "__post_init__", _with_deepep)
         _rebind(megatron_moe_layer, "MoEFlexTokenDispatcher", _flex_or_ours)
+        _rebind(megatron_random, "CheckpointFunction", _keeping_handles)
         # Megatron-LM's parser takes its choices from a list or from the type of the config's field,
         # depending on its version; here both arrive. The groups of a parser share this base class.
         _rebind(argparse._ActionsContainer, "add_argument", _with_deepep_choice)
@@ -136,6 +139,17 @@ def _with_deepep(theirs: Any) -> Any:
             theirs(config)
 
     return __post_init__
+
+
+def _keeping_handles(theirs: Any) -> Any:
+    class CheckpointFunction(theirs):
+        """Megatron's, whose second run of the function dispatches the way of the first."""
+
+        @classmethod
+        def apply(cls, function: Any, *args: Any) -> Any:
+            return theirs.apply(recompute.remember(function), *args)
+
+    return CheckpointFunction
 
 
 def _is_asked_for(config: Any) -> bool:
