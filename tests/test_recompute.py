@@ -28,7 +28,8 @@ Layer = Callable[[Tensor, Tensor], Tensor]
 def counting(buffer: Buffer) -> Iterator[dict[str, int]]:
     """Count what a Buffer asks of its backend, which is where ranks meet."""
     backend: Any = buffer._backend
-    names, counts = ("dispatch", "dispatch_again", "combine", "fail"), {}
+    names = ("dispatch", "dispatch_again", "combine", "fail")
+    counts: dict[str, int] = {}
 
     def counted(name: str, theirs: Any) -> Any:
         @functools.wraps(theirs)
@@ -168,7 +169,7 @@ def check_lifetime(rank: int, backend: str) -> None:
         received, *_, handle = ops.dispatch(x, CASE.topk_idx(rank), weights, 6, number, False)
         kept.append(weakref.ref(ops._memory("test", handle).handle))
         rows.append(weakref.ref(received.untyped_storage()))
-        return ops.combine(received, handle, len(x))
+        return _tensor(ops.combine(received, handle, len(x)))
 
     out = by_context(spying)(x, weights)
     gc.collect()
@@ -222,7 +223,7 @@ def train_counted(rank: int, options: dict[str, Any]) -> tuple[list[float], list
             counts += calls.get("dispatch", 0)
             return result
 
-        Buffer.dispatch = counted  # type: ignore[method-assign]
+        Buffer.dispatch = counted  # type: ignore[method-assign,assignment]
         try:
             again = train(layout, replace(case, options=options))
         finally:
