@@ -22,10 +22,19 @@ export OMP_NUM_THREADS ?= 1
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+# What tests run or read where it lies: unpacked and not installed, as the rest of it needs a GPU or much else.
+build/sources: .venv/packages requirements-sources.txt
+	for name in $$(cat requirements-sources.txt); do \
+	  folder=build/sources/$$(echo $$name | sed s/==/-/) && mkdir -p $$folder build/wheels/$$name && \
+	  $(BIN)/pip download --quiet --disable-pip-version-check --no-deps -d build/wheels/$$name $$name && \
+	  $(BIN)/python -m zipfile -e build/wheels/$$name/*.whl $$folder \
+	  || echo "no sources of $$name: tests that need them will be skipped"; done
+	touch $@
+
 pretrain: .venv/built
 	$(BIN)/ep-megatron pretrain --config $(CONFIG) $(if $(RESUME),--resume) $(ARGS)
 
-test: check
+test: check build/sources
 	$(BIN)/pytest $(ARGS)
 
 bench: .venv/built

@@ -21,7 +21,8 @@ import torch
 import ep_megatron
 from ep_megatron import fp8
 from ep_megatron.buffer import Buffer
-from ep_megatron.elastic import ElasticBuffer, EPHandle
+from ep_megatron.elastic import ElasticBuffer
+from ep_megatron.elastic_handle import EPHandle
 from ep_megatron.handle import DispatchHandle
 from ep_megatron.sizes import Config
 from ep_megatron.streams import EventHandle, EventOverlap

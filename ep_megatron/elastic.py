@@ -7,7 +7,7 @@ experts elsewhere are 0 where DeepEP leaves what they were.
 Source: argument names, defaults and meanings follow DeepEP's `ElasticBuffer` (MIT).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,44 +17,19 @@ from torch import Tensor
 from ep_megatron import fp8
 from ep_megatron.buffer import Buffer
 from ep_megatron.config import BufferConfig
-from ep_megatron.handle import AnyHandle, DispatchHandle
+from ep_megatron.elastic_handle import EPHandle
 from ep_megatron.sizes import elastic_size_hint
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, after_all
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EPHandle:
-    """What a dispatch leaves for `combine` and for later dispatches; a value.
-
-    Attributes:
-        do_expand: whether rows are expert-major.
-        num_experts: on all ranks.
-        expert_alignment: rows of each expert's block, and counts, are rounded up to it.
-        num_max_tokens_per_rank: as given.
-        topk_idx: `[T, K]`, a copy unless `do_handle_copy=False`.
-        num_recv_tokens: rows received; None without a CPU sync, see `inner`.
-        num_recv_tokens_per_expert_list: rows per local expert, rounded up; empty without CPU sync.
-        psum_num_recv_tokens_per_scaleup_rank: `[R]` int32, tokens from ranks 0 to r; None without.
-        psum_num_recv_tokens_per_expert: `[L]` int32. Inclusive sums of the rounded counts; with
-            `do_expand` the end of each block's valid rows. None without.
-        num_unaligned_recv_tokens_per_expert: `[L]` int32; None without.
-        recv_topk_idx: `[M, K]` local experts, as the first dispatch received them.
-        inner: the handle of `Buffer`; a `CapacityHandle`, with its counts as tensors, without CPU
-            sync.
-    """
-
-    do_expand: bool
-    num_experts: int
-    expert_alignment: int
-    num_max_tokens_per_rank: int
-    topk_idx: Tensor
-    num_recv_tokens: int | None
-    num_recv_tokens_per_expert_list: list[int]
-    psum_num_recv_tokens_per_scaleup_rank: Tensor | None
-    psum_num_recv_tokens_per_expert: Tensor | None
-    num_unaligned_recv_tokens_per_expert: Tensor | None
-    recv_topk_idx: Tensor | None
-    inner: AnyHandle
+# Of DeepEP's, and not here: what belongs to its experiments and its links.
+_ABSENT = (
+    *("engram_write", "engram_fetch", "get_engram_storage_size_hint"),
+    *("pp_set_config", "pp_send", "pp_recv", "get_pp_buffer_size_hint"),
+    *("create_agrs_session", "destroy_agrs_session", "agrs_new_session", "agrs_set_config"),
+    *("agrs_get_inplace_tensor", "all_gather", "get_agrs_buffer_size_hint"),
+    *("get_physical_domain_size", "num_rdma_ranks", "num_nvlink_ranks", "nccl_comm_handle"),
+    "runtime",
+)
 
 
 class ElasticBuffer:
@@ -107,13 +82,26 @@ class ElasticBuffer:
     ) -> None:
         config = config or BufferConfig(timeout=num_cpu_timeout_secs)
         self._buffer = Buffer(group, num_bytes or 0, backend=backend, config=config)
-        self.group, self.num_bytes = group, num_bytes
+        self.group = group
+        self.num_bytes = num_bytes or self.get_buffer_size_hint(
+            group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
+        )
         self.rank_idx, self.num_ranks = self._buffer.rank, self._buffer.group_size
+        # One domain: rows come by rank, whatever lies between.
+        self.num_scaleout_ranks, self.scaleout_rank_idx = 1, 0
+        self.num_scaleup_ranks, self.scaleup_rank_idx = self.num_ranks, self.rank_idx
+        self.num_allocated_qps = num_allocated_qps
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
         self.allow_hybrid_mode = allow_hybrid_mode
         self.allow_multiple_reduction = allow_multiple_reduction
         self.prefer_overlap_with_compute = prefer_overlap_with_compute
         self.deterministic, self.explicitly_destroy = True, explicitly_destroy
+
+    def __getattr__(self, name: str) -> Any:
+        """Say of DeepEP's other members that they are not here; local."""
+        reason = "a verb of dispatch and combine, got one of DeepEP's experiments or links"
+        told = f"ElasticBuffer.{name}: expected {reason}, which is not here"
+        raise AttributeError(told if name in _ABSENT else f"ElasticBuffer has no attribute {name}")
 
     def destroy(self) -> None:
         """See `Buffer.destroy`; local, unlike DeepEP's."""
@@ -143,6 +131,14 @@ class ElasticBuffer:
         return elastic_size_hint(
             num_ranks, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
         )
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """Return 1 and the number of ranks: there is one domain. Local."""
+        return self.num_scaleout_ranks, self.num_scaleup_ranks
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Return the number of queue pairs that was given; there are none to choose. Local."""
+        return self.num_allocated_qps
 
     def barrier(
         self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True
@@ -185,24 +181,23 @@ class ElasticBuffer:
             topk_idx: `[T, K]`, without `handle`.
             topk_weights: `[T, K]`; may go with a handle.
             cumulative_local_expert_recv_stats: `[L]` int32, the rows per local expert are added to.
-                Not without CPU sync.
             num_experts: on all ranks; needed without `handle`.
             num_max_tokens_per_rank: in place of the constructor's.
             expert_alignment: 1 where None.
-            num_sms: accepted; see `Buffer.set_num_sms`.
+            num_sms: kept in the handle; see `Buffer.set_num_sms`.
             num_qps: accepted.
             previous_event: waited for first.
             previous_event_before_epilogue: likewise.
             async_with_compute_stream: whether to queue the call and return an event.
             allocate_on_comm_stream: accepted, as everything is allocated where it is used.
-            handle: of an earlier dispatch: the same way again, `topk_idx` must be None.
+            handle: of an earlier dispatch: the same way again, `topk_idx` must be None, and what
+                else the handle holds None or the same.
             do_handle_copy: whether the handle keeps a copy of `topk_idx`, or itself.
             do_cpu_sync: whether the call waits for the counts; None for yes. Without, tensors have
                 room for the worst case, and counts are tensors of `handle.inner`.
             do_expand: rows arrive expert-major.
             do_zero_padding: accepted; padding is always zero.
-            use_tma_aligned_col_major_sf: received scales have strides `(1, M rounded up to 4)`; not
-                when queued.
+            use_tma_aligned_col_major_sf: received scales have strides `(1, M rounded up to 4)`.
 
         Returns:
             recv_x (or a pair), recv_topk_idx (None with `do_expand`), recv_topk_weights, handle
@@ -210,13 +205,10 @@ class ElasticBuffer:
         """
         event = after_all(previous_event, previous_event_before_epilogue)
         is_queued = async_with_compute_stream
-        if use_tma_aligned_col_major_sf and is_queued:
-            raise NotImplementedError(
-                "dispatch: expected use_tma_aligned_col_major_sf to be False in a queued call"
-            )
+        most = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        given = num_experts, expert_alignment, num_max_tokens_per_rank, do_cpu_sync
         if handle is not None:
-            if do_cpu_sync:
-                raise ValueError("dispatch: expected do_cpu_sync not to be True with a handle")
+            self._checked(lambda: _check_cached(handle, *given), is_queued)
             recv_x, _, weights, _, _, done = self._buffer.dispatch(
                 x,
                 handle.inner,
@@ -225,13 +217,17 @@ class ElasticBuffer:
                 previous_event=event,
                 async_finish=is_queued,
             )
-            recv_x = _columns(recv_x, use_tma_aligned_col_major_sf)
+            if use_tma_aligned_col_major_sf:
+                recv_x, done = self._in_columns(recv_x, done)
             return recv_x, handle.recv_topk_idx, weights, handle, done
-        most = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-        alignment = expert_alignment or 1
-        worst = 0
+        alignment, worst = expert_alignment or 1, 0
         if do_cpu_sync is False and topk_idx is not None and num_experts is not None:
-            worst = self._worst_rows(most, topk_idx.shape[-1], num_experts, alignment, do_expand)
+            num_topk, num_local = topk_idx.shape[-1], num_experts // self.num_ranks
+            self._checked(lambda: _check_most(most), is_queued)
+            worst = most * self.num_ranks
+            if do_expand:
+                worst = worst * num_topk + (alignment - 1) * num_local
+                worst = -(-worst // alignment) * alignment
         recv_x, recv_idx, weights, counts, inner, done = self._buffer.dispatch(
             x,
             topk_idx=topk_idx,
@@ -250,16 +246,21 @@ class ElasticBuffer:
             num_experts=num_experts,
             expert_alignment=alignment,
             num_max_tokens_per_rank=most,
+            num_sms=num_sms or Buffer.num_sms,
             topk_idx=topk_idx.clone() if do_handle_copy else topk_idx,
             num_recv_tokens_per_expert_list=counts or [],
             recv_topk_idx=recv_idx,
             inner=inner,
-            **_numbers(inner),
         )
-        unaligned = new_handle.num_unaligned_recv_tokens_per_expert
-        if cumulative_local_expert_recv_stats is not None and unaligned is not None:
-            cumulative_local_expert_recv_stats += unaligned
-        recv_x = _columns(recv_x, use_tma_aligned_col_major_sf)
+        stats = cumulative_local_expert_recv_stats
+        if stats is not None:
+            done = self._behind(
+                done,
+                lambda: stats.add_(new_handle.num_unaligned_recv_tokens_per_expert),
+                stats.device,
+            )
+        if use_tma_aligned_col_major_sf:
+            recv_x, done = self._in_columns(recv_x, done)
         return recv_x, recv_idx, weights, new_handle, done
 
     def combine(  # noqa: PLR0913
@@ -301,47 +302,53 @@ class ElasticBuffer:
             async_finish=async_with_compute_stream,
         )
 
-    def _worst_rows(
-        self, most: int, num_topk: int, num_experts: int, alignment: int, do_expand: bool
-    ) -> int:
-        if most < 1:
+    def _checked(self, check: Callable[[], None], is_queued: bool) -> None:
+        """Raise what `check` raises, on every rank."""
+        self._buffer._checked("dispatch", check, is_queued)
+
+    def _behind(
+        self, event: EventOverlap, call: Callable[[], object], device: torch.device
+    ) -> EventOverlap:
+        """Run `call` behind a dispatch, which was queued if it has an event; return the event."""
+        if event.event is None or device.type != "cpu":
+            call()
+            return event
+        return EventOverlap(after_all(event, self.get_comm_stream().submit(call, "dispatch")))
+
+    def _in_columns(self, recv_x: Any, event: EventOverlap) -> tuple[Any, EventOverlap]:
+        """Return received rows with scales column-major, and the event behind which they are."""
+        if not isinstance(recv_x, tuple):
+            return recv_x, event
+        x, scales = recv_x
+        columns = fp8.new_columns(len(scales), scales.shape[1], scales.dtype, x.device)
+        return (x, columns), self._behind(event, lambda: columns.copy_(scales), x.device)
+
+
+def _check_cached(
+    handle: EPHandle,
+    num_experts: int | None,
+    expert_alignment: int | None,
+    num_max_tokens_per_rank: int | None,
+    do_cpu_sync: bool | None,
+) -> None:
+    """Raise if a cached dispatch is asked for what is not its handle's."""
+    if do_cpu_sync:
+        raise ValueError("dispatch: expected do_cpu_sync not to be True with a handle")
+    given = {
+        "num_experts": (num_experts, handle.num_experts),
+        "expert_alignment": (expert_alignment, handle.expert_alignment),
+        "num_max_tokens_per_rank": (num_max_tokens_per_rank, handle.num_max_tokens_per_rank),
+    }
+    for name, (asked, own) in given.items():
+        if asked is not None and asked != own:
             raise ValueError(
-                "dispatch: expected num_max_tokens_per_rank with do_cpu_sync=False, got "
-                f"{most}; give it here or to the constructor"
+                f"dispatch: expected {name} to be None or that of the handle, {own}, got {asked}"
             )
-        if not do_expand:
-            return most * self.num_ranks
-        num_local = num_experts // self.num_ranks
-        rows = self.num_ranks * most * num_topk + (alignment - 1) * num_local
-        return -(-rows // alignment) * alignment
 
 
-def _numbers(inner: AnyHandle) -> dict[str, Any]:
-    """Return the counts of a handle under DeepEP's names; None where they are not known yet."""
-    names = (
-        "num_recv_tokens",
-        "psum_num_recv_tokens_per_scaleup_rank",
-        "psum_num_recv_tokens_per_expert",
-        "num_unaligned_recv_tokens_per_expert",
-    )
-    if not isinstance(inner, DispatchHandle):
-        return dict.fromkeys(names)
-
-    def ints(values: tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=inner.routes.device)
-
-    aligned, valid = (
-        ints(inner.num_recv_tokens_per_expert),
-        ints(inner.num_valid_tokens_per_expert),
-    )
-    ends = aligned.cumsum(0, dtype=torch.int32)
-    if inner.expand:
-        ends = ends - aligned + valid
-    from_ranks = ints(inner.num_recv_tokens_per_rank).cumsum(0, dtype=torch.int32)
-    return dict(
-        zip(names, (sum(inner.num_recv_tokens_per_rank), from_ranks, ends, valid), strict=True)
-    )
-
-
-def _columns(x: Any, is_asked: bool) -> Any:
-    return (x[0], fp8.in_columns(x[1])) if is_asked and isinstance(x, tuple) else x
+def _check_most(most: int) -> None:
+    if most < 1:
+        raise ValueError(
+            "dispatch: expected num_max_tokens_per_rank with do_cpu_sync=False, got "
+            f"{most}; give it here or to the constructor"
+        )

@@ -106,7 +106,7 @@ class DispatchHandle:
 class CapacityHandle:
     """The handle of a dispatch with `num_worst_tokens`: known before any count is.
 
-    Its three tensors are filled once the dispatch's event is complete, like the rows. To be used
+    Its tensors are filled once the dispatch's event is complete, like the rows. To be used
     with calls of the same Buffer, which run behind the dispatch.
 
     Attributes:
@@ -114,6 +114,8 @@ class CapacityHandle:
         num_worst_tokens: rows of every tensor that arrives, and that `combine` takes.
         num_recv_rows_tensor: `[1]` int32, the rows that are there; those behind mean nothing.
         num_recv_tokens_per_expert: `[L]` int32, rows per local expert, rounded up.
+        num_valid_tokens_per_expert: `[L]` int32, the same before rounding.
+        num_recv_tokens_per_rank: `[R]` int32, tokens that came from each rank.
         has_overflowed: `[1]` bool, whether more rows than `num_worst_tokens` came to some rank; the
             dispatch then raised on every rank.
     """
@@ -131,9 +133,10 @@ class CapacityHandle:
         self.num_experts, self.num_worst_tokens = num_experts, num_worst_tokens
         self.expand = expand
         self.num_recv_rows_tensor = topk_idx.new_zeros(1, dtype=torch.int32)
-        self.num_recv_tokens_per_expert = topk_idx.new_zeros(
-            num_experts // self.num_ranks, dtype=torch.int32
-        )
+        per_expert, per_rank = num_experts // self.num_ranks, self.num_ranks
+        self.num_recv_tokens_per_expert = topk_idx.new_zeros(per_expert, dtype=torch.int32)
+        self.num_valid_tokens_per_expert = topk_idx.new_zeros(per_expert, dtype=torch.int32)
+        self.num_recv_tokens_per_rank = topk_idx.new_zeros(per_rank, dtype=torch.int32)
         self.has_overflowed = topk_idx.new_zeros(1, dtype=torch.bool)
         self._settled: DispatchHandle | None = None
 
@@ -156,8 +159,12 @@ class CapacityHandle:
                 f"rank, got {most} on rank {handle.num_rows_per_rank.index(most)}; raise it"
             )
         self.num_recv_rows_tensor.fill_(handle.num_recv_rows)
-        counts = torch.tensor(handle.num_recv_tokens_per_expert, dtype=torch.int32)
-        self.num_recv_tokens_per_expert.copy_(counts)
+        for name in (
+            "num_recv_tokens_per_expert",
+            "num_valid_tokens_per_expert",
+            "num_recv_tokens_per_rank",
+        ):
+            getattr(self, name).copy_(torch.tensor(getattr(handle, name), dtype=torch.int32))
         self._settled = handle
 
     def settled(self) -> DispatchHandle:

@@ -27,8 +27,8 @@ _current = threading.local()
 class _Task:
     """One function on a stream, and how it ended."""
 
-    def __init__(self, function: Callable[[], None], name: str, worker: "_Worker") -> None:
-        self.function: Callable[[], None] | None = function
+    def __init__(self, function: Callable[[], object], name: str, worker: "_Worker") -> None:
+        self.function: Callable[[], object] | None = function
         self.name, self.worker = name, worker
         self.ended = threading.Event()
         self.error: BaseException | None = None
@@ -79,7 +79,7 @@ class _Worker:
         self._last: _Task | None = None
         self._is_ended = False
 
-    def put(self, function: Callable[[], None], name: str) -> _Task:
+    def put(self, function: Callable[[], object], name: str) -> _Task:
         self.check_process(name)
         task = _Task(function, name, self)
         with self._lock:
@@ -187,7 +187,7 @@ class CPUStream:
         self._worker = _Worker(name, interrupt)
         weakref.finalize(self, self._worker.end).atexit = False
 
-    def submit(self, function: Callable[[], None], name: str = "submit") -> "EventHandle":
+    def submit(self, function: Callable[[], object], name: str = "submit") -> "EventHandle":
         """Queue `function`; return the event that is complete when it has run.
 
         What it raises is raised by `current_stream_wait` of this event; what stands behind it in

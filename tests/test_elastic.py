@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ep_megatron import Buffer
 from ep_megatron.elastic import ElasticBuffer
 from ep_megatron.fp8 import quantize
 from ep_megatron.handle import CapacityHandle
@@ -76,10 +77,12 @@ def check_without_cpu_sync(rank: int, backend: str, do_expand: bool) -> None:
     expected = fresh(v1, CASE, rank, expand=do_expand)
     num_rows = len(expected[0])
     gates = Gate(), Gate()
+    stats = torch.zeros(CASE.experts_per_rank, dtype=torch.int32)
     recv_x, recv_idx, weights, handle, event = buffer.dispatch(
         **arguments(rank),
         do_expand=do_expand,
         do_cpu_sync=False,
+        cumulative_local_expert_recv_stats=stats,
         async_with_compute_stream=True,
         previous_event=gates[0].event,
         previous_event_before_epilogue=EventOverlap(gates[1].event),
@@ -99,7 +102,16 @@ def check_without_cpu_sync(rank: int, backend: str, do_expand: bool) -> None:
     assert isinstance(handle.inner, CapacityHandle)
     assert handle.inner.num_recv_rows_tensor.tolist() == [num_rows]
     assert handle.inner.num_recv_tokens_per_expert.tolist() == expected[3]
-    assert handle.num_recv_tokens is None
+    assert handle.num_recv_tokens is handle.num_expanded_tokens is None
+    assert handle.num_recv_tokens_per_expert_list == []
+    exact = buffer.dispatch(**arguments(rank), do_expand=do_expand)[3]
+    for name in (
+        "psum_num_recv_tokens_per_scaleup_rank",
+        "psum_num_recv_tokens_per_expert",
+        "num_unaligned_recv_tokens_per_expert",
+    ):
+        assert torch.equal(getattr(handle, name), getattr(exact, name))
+    assert torch.equal(stats, exact.num_unaligned_recv_tokens_per_expert)
     same(total[0], v1.combine(y[:num_rows], expected[4])[0])
     with pytest.raises(ValueError, match="expected num_max_tokens_per_rank with do_cpu_sync=False"):
         ElasticBuffer(buffer.group, config=v1.config).dispatch(**arguments(rank), do_cpu_sync=False)
@@ -115,6 +127,25 @@ def check_the_rest(rank: int) -> None:
     assert torch.equal(sf, row_major)
     assert sf.stride(0) == 1
     assert sf.stride(1) % 4 == 0
+    (_, queued), _, _, handle, event = buffer.dispatch(
+        **wanted, use_tma_aligned_col_major_sf=True, async_with_compute_stream=True
+    )
+    event.current_stream_wait()
+    (_, cached), *_ = buffer.dispatch(
+        wanted["x"], handle=handle, use_tma_aligned_col_major_sf=True, num_experts=CASE.num_experts
+    )
+    for other in (queued, cached):
+        assert torch.equal(other, sf)
+        assert other.stride() == sf.stride()
+    assert (handle.num_sms, buffer.get_theoretical_num_sms(8, 2)) == (Buffer.num_sms,) * 2
+    for name in ("num_experts", "expert_alignment", "num_max_tokens_per_rank"):
+        with pytest.raises(ValueError, match=f"expected {name} to be None or that of the handle"):
+            buffer.dispatch(wanted["x"], handle=handle, **{name: 999})
+    assert buffer.get_logical_domain_size() == (1, 2)
+    assert buffer.num_scaleup_ranks * buffer.scaleout_rank_idx + buffer.scaleup_rank_idx == rank
+    assert not hasattr(buffer, "get_physical_domain_size")
+    with pytest.raises(AttributeError, match="pp_send: expected a verb of dispatch and combine, g"):
+        buffer.pp_send(x)
     buffer.barrier()
     assert buffer.capture().query()
     assert buffer.get_comm_stream().query()

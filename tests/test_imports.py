@@ -20,7 +20,7 @@ FLOORS = [
         "statistics",
         "backends.device",
     },
-    {"layout", "casts", "backends.base", "settings", "communicator"},
+    {"layout", "casts", "backends.base", "settings", "communicator", "elastic_handle"},
     {
         "arguments",
         "backends.meeting",
