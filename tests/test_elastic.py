@@ -138,9 +138,11 @@ def check_the_rest(rank: int) -> None:
         assert torch.equal(other, sf)
         assert other.stride() == sf.stride()
     assert (handle.num_sms, buffer.get_theoretical_num_sms(8, 2)) == (Buffer.num_sms,) * 2
+    wrong: dict[str, Any]
     for name in ("num_experts", "expert_alignment", "num_max_tokens_per_rank"):
+        wrong = {name: 999}
         with pytest.raises(ValueError, match=f"expected {name} to be None or that of the handle"):
-            buffer.dispatch(wanted["x"], handle=handle, **{name: 999})
+            buffer.dispatch(wanted["x"], handle=handle, **wrong)
     assert buffer.get_logical_domain_size() == (1, 2)
     assert buffer.num_scaleup_ranks * buffer.scaleout_rank_idx + buffer.scaleup_rank_idx == rank
     assert not hasattr(buffer, "get_physical_domain_size")

@@ -2,17 +2,15 @@
 
 Without a GPU its compiled part cannot be loaded, so nothing here multiplies matrices. The tensor
 classes are stood in for by one that records what it is given, with the argument names of version
-2.20; where Transformer Engine's Python sources are found, or are unpacked in the folder that
-TRANSFORMER_ENGINE_SOURCES names, the names are checked against them.
+2.20, which are checked against its Python sources where they are found. test_te_classes.py makes
+the classes themselves.
 """
 
 import ast
 import importlib.util
-import os
 import sys
 import types
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ pytest.importorskip("megatron.core")
 from ep_megatron import Fp8Rows, fp8
 from ep_megatron.fp8 import FP8, MXFP8, Fp8Recipe
 from ep_megatron.megatron import te_fp8
+from tests.sources import folders_of
 
 pytestmark = pytest.mark.megatron
 PACKED = replace(MXFP8, scales="packed_ue8m0")
@@ -164,14 +163,11 @@ def test_what_is_missing_or_does_not_fit_is_named() -> None:
 
 @pytest.mark.parametrize("place", GIVEN, ids=lambda place: place[1])
 def test_the_names_of_arguments_are_those_of_the_sources(place: tuple[str, str, str]) -> None:
-    folder = os.environ.get("TRANSFORMER_ENGINE_SOURCES")  # an unpacked wheel
-    if folder is None:
-        spec = importlib.util.find_spec("transformer_engine")
-        if spec is None or spec.origin is None:
-            pytest.skip("needs Transformer Engine, or TRANSFORMER_ENGINE_SOURCES, a folder of it")
-        folder = str(Path(spec.origin).parents[1])
+    folders = folders_of("transformer_engine")
+    if not folders:
+        pytest.skip("no sources of transformer_engine; make build/sources")
     path, class_name, method = place
-    tree = ast.parse(Path(folder, "transformer_engine/pytorch", path).read_text())
+    tree = ast.parse((folders[-1] / "pytorch" / path).read_text())
     (found,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
     (made,) = (n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == method)
     names = {argument.arg for argument in [*made.args.args, *made.args.kwonlyargs]}

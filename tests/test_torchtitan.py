@@ -112,7 +112,7 @@ def check_first_api(rank: int) -> None:
             return out
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        def backward(ctx: Any, grad: Tensor) -> Any:
             nothing: dict[str, Any] = {"topk_idx": None, "topk_weights": None}
             nothing |= dict.fromkeys(("num_tokens_per_rank", "num_tokens_per_rdma_rank"))
             nothing |= dict.fromkeys(("is_token_in_rank", "num_tokens_per_expert"))
@@ -133,7 +133,7 @@ def check_first_api(rank: int) -> None:
             per_rank, per_node, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(
                 topk_idx=idx, num_experts=CASE.num_experts
             )
-            rows, idx, scores, counts, handle, event = buffer.dispatch(
+            rows, recv_idx, recv_scores, counts, handle, event = buffer.dispatch(
                 x=x,
                 topk_idx=idx,
                 topk_weights=scores,
@@ -146,8 +146,8 @@ def check_first_api(rank: int) -> None:
             )
             event.current_stream_wait()
             ctx.handle = handle
-            ctx.mark_non_differentiable(idx)
-            return rows, idx, scores, counts, handle
+            ctx.mark_non_differentiable(recv_idx)
+            return rows, recv_idx, recv_scores, counts, handle
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor, _i: Any, grad_scores: Tensor, *_: Any) -> Any:

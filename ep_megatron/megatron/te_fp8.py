@@ -133,6 +133,7 @@ def _mxfp8_tensor(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Any:
         fp8_dtype=_e4m3(),
         quantizer=_mxfp8_quantizer(),
         with_gemm_swizzled_scales=False,
+        device=data.device,
     )
 
 
@@ -157,6 +158,7 @@ def _blockwise_tensor(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Any:
         fp8_dtype=_e4m3(),
         quantizer=quantizer,
         is_2D_scaled=False,
+        device=data.device,
     )
 
 
