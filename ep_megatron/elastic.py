@@ -222,11 +222,11 @@ class ElasticBuffer:
             return recv_x, handle.recv_topk_idx, weights, handle, done
         alignment, worst = expert_alignment or 1, 0
         if do_cpu_sync is False and topk_idx is not None and num_experts is not None:
-            num_topk, num_local = topk_idx.shape[-1], num_experts // self.num_ranks
             self._checked(lambda: _check_most(most), is_queued)
             worst = most * self.num_ranks
             if do_expand:
-                worst = worst * num_topk + (alignment - 1) * num_local
+                padding = (alignment - 1) * (num_experts // self.num_ranks)
+                worst = worst * topk_idx.shape[-1] + padding
                 worst = -(-worst // alignment) * alignment
         recv_x, recv_idx, weights, counts, inner, done = self._buffer.dispatch(
             x,
@@ -254,11 +254,7 @@ class ElasticBuffer:
         )
         stats = cumulative_local_expert_recv_stats
         if stats is not None:
-            done = self._behind(
-                done,
-                lambda: stats.add_(new_handle.num_unaligned_recv_tokens_per_expert),
-                stats.device,
-            )
+            done = self._behind(done, lambda: _add_counts(stats, new_handle), stats.device)
         if use_tma_aligned_col_major_sf:
             recv_x, done = self._in_columns(recv_x, done)
         return recv_x, recv_idx, weights, new_handle, done
@@ -322,6 +318,10 @@ class ElasticBuffer:
         x, scales = recv_x
         columns = fp8.new_columns(len(scales), scales.shape[1], scales.dtype, x.device)
         return (x, columns), self._behind(event, lambda: columns.copy_(scales), x.device)
+
+
+def _add_counts(stats: Tensor, handle: EPHandle) -> None:
+    stats.add_(handle.num_unaligned_recv_tokens_per_expert)
 
 
 def _check_cached(
