@@ -73,27 +73,22 @@ class Calls:
             at_start: called behind `previous_event`; an error is treated alike.
             fail: how the other ranks hear of an error, if not by the backend's `fail`.
         """
+        is_queued = async_finish and _device_of(inputs).type == "cpu"
         wait_for = handle_of(previous_event)
-        mode, device = torch.is_inference_mode_enabled(), _device_of(inputs)
-        held = [t.untyped_storage() for t in inputs if t is not None and async_finish]
-        sizes = [storage.nbytes() for storage in held]
-
-        def prepare() -> None:
-            if wait_for is not None:
-                wait_for.current_stream_wait()
-            if at_start is not None:
-                at_start()
-            if any(s.nbytes() < size for s, size in zip(held, sizes, strict=True)):
-                raise ValueError(
-                    f"{operation}: expected the inputs to keep their memory until the event is "
-                    "complete, got a storage that was resized; wait before freeing it"
-                )
+        first: list[Callable[[], object]] = []
+        if wait_for is not None:
+            first.append(wait_for.current_stream_wait)
+        if at_start is not None:
+            first.append(at_start)
+        if is_queued:
+            first.append(_memory_check(operation, inputs))
 
         def run() -> None:
             try:
-                with self._one_at_a_time, torch.inference_mode(mode), torch.no_grad():
+                with self._one_at_a_time:
                     try:
-                        prepare()
+                        for step in first:
+                            step()
                     except Exception as error:
                         self._tell(operation, error, fail or self._backend.fail)
                         raise
@@ -105,11 +100,15 @@ class Calls:
                 if at_end is not None:
                     at_end()
 
-        if async_finish and device.type == "cpu":
-            return EventOverlap(self.stream.submit(run, operation))
+        if is_queued:
+            return EventOverlap(self.stream.submit(_as_here(run), operation))
         # On a GPU the caller's stream orders everything; the host has nothing to do behind it.
         self.stream.synchronize()
-        run()
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                run()
+        else:
+            run()
         return EventOverlap(EventHandle() if async_finish else None)
 
     def run_local(
@@ -150,6 +149,14 @@ class Calls:
         None where nobody waits for that moment; it returns the same.
         """
         result: list[_Sizes] = []
+        if not async_finish:
+            event = self.run(
+                operation,
+                lambda: result.append(call(None)),
+                inputs=inputs,
+                previous_event=previous_event,
+            )
+            return result[0], event
         is_known = threading.Event()
 
         def announce(sizes: _Sizes) -> None:
@@ -157,7 +164,7 @@ class Calls:
             is_known.set()
 
         def run() -> None:
-            sizes = call(announce if async_finish else None)
+            sizes = call(announce)
             if not result:
                 result.append(sizes)
 
@@ -166,7 +173,7 @@ class Calls:
             run,
             inputs=inputs,
             previous_event=previous_event,
-            async_finish=async_finish,
+            async_finish=True,
             at_end=is_known.set,
         )
         self.stream.block_on(is_known)
@@ -312,6 +319,32 @@ class Calls:
 
 def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
     return next((t.device for t in tensors if t is not None), torch.device("cpu"))
+
+
+def _memory_check(operation: str, inputs: Sequence[Tensor | None]) -> Callable[[], None]:
+    """Return a check that the inputs, which it keeps alive, still have their memory."""
+    held = [tensor.untyped_storage() for tensor in inputs if tensor is not None]
+    sizes = [storage.nbytes() for storage in held]
+
+    def check() -> None:
+        if any(s.nbytes() < size for s, size in zip(held, sizes, strict=True)):
+            raise ValueError(
+                f"{operation}: expected the inputs to keep their memory until the event is "
+                "complete, got a storage that was resized; wait before freeing it"
+            )
+
+    return check
+
+
+def _as_here(function: Callable[[], None]) -> Callable[[], None]:
+    """Return `function` for another thread: in this thread's inference mode, without gradients."""
+    mode = torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        with torch.inference_mode(mode), torch.no_grad():
+            function()
+
+    return run
 
 
 def _new_received(rows: Rows, handle: CapacityHandle) -> Rows:

@@ -18,13 +18,17 @@ struct AgreedFailure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
+constexpr size_t kBytesPerThread = 256 << 10;  // fewer are not worth waking a second thread
 constexpr int kMaxTopk = 128;
 constexpr size_t kColumnAlignment = 4;  // as fp8.COLUMN_ALIGNMENT
-constexpr size_t kPrefetchBytes = 256;  // until the hardware has noticed where a row goes on
 
 size_t round_up(size_t count, size_t alignment) {
     return (count + alignment - 1) / alignment * alignment;
+}
+
+/// Rows of as many bytes that are worth a thread.
+int64_t rows_per_thread(size_t row_bytes) {
+    return static_cast<int64_t>(kBytesPerThread / std::max<size_t>(row_bytes, 1)) + 1;
 }
 
 void prefetch_row(const char* row, size_t num_bytes) {
@@ -37,6 +41,37 @@ void copy_small(char* out, const char* value, size_t num_bytes) {
         std::memcpy(out, value, 4);
     else
         std::memcpy(out, value, num_bytes);
+}
+
+/// One token's experts and weights as its destination sees them: the local ones, by local number.
+/// No branch and no division per slot: there may be as many slots in all as rows have lines.
+template <class Index, class Weight>
+void push_columns(const DispatchArgs& args, size_t token, int rank, char* weights, char* idx) {
+    const Routing& routing = args.routing;
+    const auto num_topk = static_cast<size_t>(routing.num_topk);
+    const Index* experts = static_cast<const Index*>(routing.topk_idx) + token * num_topk;
+    const auto num_local = static_cast<Index>(routing.experts_per_rank());
+    const Index first = static_cast<Index>(rank) * num_local;
+    const auto local_of = [&](size_t slot) {
+        const Index local = experts[slot] - first;
+        return local >= 0 && local < num_local ? local : Index{-1};
+    };
+    if (args.row_bytes.idx != 0)
+        for (size_t slot = 0; slot < num_topk; ++slot)
+            reinterpret_cast<Index*>(idx)[slot] = local_of(slot);
+    if (args.row_bytes.weights == 0) return;
+    const Weight* given = reinterpret_cast<const Weight*>(args.weights) + token * num_topk;
+    for (size_t slot = 0; slot < num_topk; ++slot)
+        reinterpret_cast<Weight*>(weights)[slot] = local_of(slot) < 0 ? Weight{0} : given[slot];
+}
+
+using PushColumns = void (*)(const DispatchArgs&, size_t token, int rank, char*, char*);
+
+PushColumns push_columns_of(const DispatchArgs& args) {
+    const bool is_float = args.row_bytes.weights != sizeof(double);
+    if (args.routing.is_int64)
+        return is_float ? push_columns<int64_t, float> : push_columns<int64_t, double>;
+    return is_float ? push_columns<int32_t, float> : push_columns<int32_t, double>;
 }
 
 void write_error(Post& post, ErrorKind kind, const std::string& error) {
@@ -193,15 +228,11 @@ Dispatched Exchange::dispatch_agreed(const DispatchArgs& args,
     Dispatched result = plan(args, counts);
     const std::vector<char*> rows = places(args, result.num_rows_per_rank, offer, block);
     if (args.operation == kDispatch) make_routes(routing, counts.totals(), rank_, args.routes);
-    const RouteTotals totals(args.routes, routing.num_tokens, routing.num_topk, num_ranks());
+    const std::vector<int64_t> num_sent = rows_sent(args, own, result);
     std::vector<Target> targets;
-    for (size_t rank = 0; rank < rows.size(); ++rank) {
-        if (totals.end_row[rank] > result.num_rows_per_rank[rank])
-            fail("the handle leads to row ", totals.end_row[rank] - 1, " of ",
-                 result.num_rows_per_rank[rank], " on rank ", rank);
+    for (size_t rank = 0; rank < rows.size(); ++rank)
         targets.push_back({rows[rank], Sections(args.row_bytes, result.num_rows_per_rank[rank],
                                                 routing.num_topk, routing.expand)});
-    }
     result.block = block;
     result.must_copy = arena_->num_bytes_in_use() > options_.max_view_bytes;
     try {
@@ -217,9 +248,23 @@ Dispatched Exchange::dispatch_agreed(const DispatchArgs& args,
     const size_t columns = routing.expand ? 1 : static_cast<size_t>(routing.num_topk);
     const RowBytes& bytes = args.row_bytes;
     statistics_->add(args.operation, meeting_->posting_times(), monotonic_seconds() - start,
-                     totals.num_rows,
-                     bytes.x + bytes.scales + columns * (bytes.weights + bytes.idx));
+                     num_sent, bytes.x + bytes.scales + columns * (bytes.weights + bytes.idx));
     return result;
+}
+
+/// How many rows go to each rank. Routes just made end where the counts say; a handle's may be
+/// anything, and are checked.
+std::vector<int64_t> Exchange::rows_sent(const DispatchArgs& args,
+                                         const OwnCounts& own,
+                                         const Dispatched& result) const {
+    const Routing& routing = args.routing;
+    if (args.operation == kDispatch) return own.num_rows(routing);
+    const RouteTotals totals(args.routes, routing.num_tokens, routing.num_topk, num_ranks());
+    for (size_t rank = 0; rank < totals.end_row.size(); ++rank)
+        if (totals.end_row[rank] > result.num_rows_per_rank[rank])
+            fail("the handle leads to row ", totals.end_row[rank] - 1, " of ",
+                 result.num_rows_per_rank[rank], " on rank ", rank);
+    return totals.num_rows;
 }
 
 /// What follows from all ranks' counts; for a cached dispatch, from its handle.
@@ -308,27 +353,8 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
                                       static_cast<size_t>(num_copies));
     const RowKernels& kernels = row_kernels();
     const auto copy = is_streaming ? kernels.copy_streaming : kernels.copy;
-    const int experts_per_rank = routing.experts_per_rank();
-
-    // Which experts are local, and what their weights are, is seen from the destination.
     const bool has_columns = !routing.expand && bytes.weights + bytes.idx > 0;
-    const auto push_columns = [&](size_t token, int rank, char* weights, char* idx) {
-        for (size_t slot = 0; slot < num_topk; ++slot) {
-            const size_t at = token * num_topk + slot;
-            const int64_t expert = routing.expert(at);
-            const bool is_local = expert >= 0 && expert / experts_per_rank == rank;
-            const int64_t local = is_local ? expert % experts_per_rank : -1;
-            const auto narrow = static_cast<int32_t>(local);
-            if (bytes.idx == 8) std::memcpy(idx + 8 * slot, &local, 8);
-            if (bytes.idx == 4) std::memcpy(idx + 4 * slot, &narrow, 4);
-            if (bytes.weights == 0) continue;
-            if (is_local)
-                copy_small(weights + slot * bytes.weights, args.weights + at * bytes.weights,
-                           bytes.weights);
-            else
-                std::memset(weights + slot * bytes.weights, 0, bytes.weights);
-        }
-    };
+    const PushColumns write_columns = push_columns_of(args);
     const size_t source_bytes = args.cast ? args.cast->row_bytes() : bytes.x;
     const auto push_range = [&](int64_t begin, int64_t end) {
         std::optional<CastRow> cast;
@@ -355,8 +381,8 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
                                  sections.strides.word, scales, bytes.scales);
                 char* weights = target.rows + target.sections.weights;
                 if (has_columns) {
-                    push_columns(token, rank, weights + row * bytes.weights * num_topk,
-                                 target.rows + target.sections.idx + row * bytes.idx * num_topk);
+                    write_columns(args, token, rank, weights + row * bytes.weights * num_topk,
+                                  target.rows + sections.idx + row * bytes.idx * num_topk);
                 } else if (bytes.weights != 0) {
                     const auto slot = static_cast<size_t>(args.routes.slot[at]);
                     copy_small(weights + row * bytes.weights,
@@ -367,7 +393,7 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
         }
         if (is_streaming) stream_fence();
     };
-    workers_.run(routing.num_tokens, kTokensPerThread, push_range);
+    workers_.run(routing.num_tokens, rows_per_thread(source_bytes), push_range);
 }
 
 void Exchange::clear_padding(const DispatchArgs& args, const Dispatched& result) {
@@ -405,7 +431,7 @@ void Exchange::widen(const Fp8Cast& cast,
                      ScaleStrides strides,
                      int64_t num_rows) {
     const std::lock_guard lock(mutex_);
-    workers_.run(num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
+    workers_.run(num_rows, rows_per_thread(cast.row_bytes()), [&](int64_t begin, int64_t end) {
         const auto first = static_cast<size_t>(begin);
         dequantize_rows(row_kernels(), cast, out + first * cast.row_bytes(),
                         data + first * cast.hidden, scales + first * strides.row, strides,
@@ -460,7 +486,7 @@ Exchange::Staged Exchange::stage(const CombineArgs& args) {
         const bool is_streaming = streams(copied);
         const RowKernels& kernels = row_kernels();
         const auto copy = is_streaming ? kernels.copy_streaming : kernels.copy;
-        workers_.run(args.num_rows, kTokensPerThread, [&](int64_t begin, int64_t end) {
+        workers_.run(args.num_rows, rows_per_thread(row_bytes), [&](int64_t begin, int64_t end) {
             copy(staged.block->data() + static_cast<size_t>(begin) * row_bytes,
                  args.x + static_cast<size_t>(begin) * row_bytes,
                  static_cast<size_t>(end - begin) * row_bytes);
@@ -495,7 +521,7 @@ std::vector<int64_t> Exchange::pull(const CombineArgs& args) {
                                 num_rows * args.weight_bytes * (args.expand ? 1 : num_topk), 8));
     }
     const RowKernels& kernels = row_kernels();
-    workers_.run(args.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+    workers_.run(args.num_tokens, rows_per_thread(row_bytes), [&](int64_t begin, int64_t end) {
         const void* addends[kMaxTopk];
         int group_ends[kMaxTopk];
         for (auto token = static_cast<size_t>(begin); token < static_cast<size_t>(end); ++token) {
@@ -509,13 +535,6 @@ std::vector<int64_t> Exchange::pull(const CombineArgs& args) {
                                     static_cast<size_t>(places[num_rows]) * row_bytes;
             }
             if (num_rows > 0) group_ends[num_groups++] = num_rows;
-            if (token + 1 < static_cast<size_t>(end)) {
-                // The next token's rows are scattered: no hardware prefetcher finds their start.
-                for (size_t at = num_topk; at < 2 * num_topk && ranks[at] >= 0; ++at)
-                    prefetch_row(rows[static_cast<size_t>(ranks[at])] +
-                                     static_cast<size_t>(places[at]) * row_bytes,
-                                 kPrefetchBytes);
-            }
             const auto bias = [&](const char* bias) -> const void* {
                 return bias == nullptr ? nullptr : bias + token * row_bytes;
             };

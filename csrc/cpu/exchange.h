@@ -164,6 +164,9 @@ class Exchange {
                                std::shared_ptr<Block>& block,
                                std::exception_ptr& announcing);
     Dispatched plan(const DispatchArgs& args, PeerCounts& counts) const;
+    std::vector<int64_t> rows_sent(const DispatchArgs& args,
+                                   const OwnCounts& own,
+                                   const Dispatched& result) const;
     std::vector<char*> places(const DispatchArgs& args,
                               const std::vector<int64_t>& num_rows,
                               const Offer& own_offer,

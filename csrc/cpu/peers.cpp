@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "core/errors.h"
 
@@ -75,6 +76,15 @@ int64_t OwnCounts::count(const Routing& routing) {
 void OwnCounts::write(Post& post) const {
     std::copy(per_rank.begin(), per_rank.end(), post.num_tokens_per_rank);
     std::copy(per_expert.begin(), per_expert.end(), post.num_tokens_per_expert);
+}
+
+std::vector<int64_t> OwnCounts::num_rows(const Routing& routing) const {
+    if (!routing.expand) return {per_rank.begin(), per_rank.end()};
+    std::vector<int64_t> rows;
+    for (auto expert = per_expert.begin(); expert != per_expert.end();
+         expert += routing.experts_per_rank())
+        rows.push_back(std::accumulate(expert, expert + routing.experts_per_rank(), int64_t{0}));
+    return rows;
 }
 
 PeerCounts::PeerCounts(const Routing& routing, int own_rank, const OwnCounts& own)

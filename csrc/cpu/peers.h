@@ -43,6 +43,8 @@ struct OwnCounts {
     /// Returns what count_tokens() returns.
     int64_t count(const Routing& routing);
     void write(Post& post) const;
+    /// Rows to each rank.
+    std::vector<int64_t> num_rows(const Routing& routing) const;
 };
 
 /// Copies of all ranks' counts. Throws where counts contradict themselves.

@@ -31,6 +31,11 @@ struct Routes {
     int32_t* rank;
     int32_t* row;
     int32_t* slot;
+
+    /// Of the current token, the one that all three point to.
+    void set(int route, int32_t to_rank, int64_t to_row, int32_t from_slot);
+    /// Mark the rest of its routes as unused and go on to the next token.
+    void end_token(int num_routes, int num_topk);
 };
 
 constexpr int64_t kAllInRange = -1;

@@ -48,6 +48,8 @@ class Rows:
 
     def contiguous(self) -> "Rows":
         """Return the same with dense tensors. Reads them where they are not."""
+        if all(tensor is None or tensor.is_contiguous() for tensor in self.tensors()):
+            return self
         x, scales, topk_weights, topk_idx = (_contiguous(tensor) for tensor in self.tensors())
         assert x is not None
         return replace(self, x=x, scales=scales, topk_weights=topk_weights, topk_idx=topk_idx)
