@@ -19,6 +19,7 @@ FLOORS = [
         "sizes",
         "statistics",
         "backends.device",
+        "backends.waiter",
     },
     {"layout", "casts", "backends.base", "settings", "communicator", "elastic_handle"},
     {

@@ -152,9 +152,10 @@ class HierarchicalBackend:
         raise AssertionError("a reported error was not returned")
 
     def interrupt(self) -> None:
-        """See `Backend.interrupt`. A wait for another host ends at its deadline."""
+        """See `Backend.interrupt`."""
         self._broken = self._broken or "a call was interrupted"
         self._inside.interrupt()
+        self._wire.interrupt()
 
     def limit_threads(self, num_threads: int) -> None:
         """See `Backend.limit_threads`."""
@@ -299,7 +300,6 @@ class HierarchicalBackend:
         except BaseException as error:
             translated = self._translated(error)
             raise translated from (None if translated is error else error)
-
         arrived = as_asked(arrived, rows)
         if received is None or received is place:
             return arrived

@@ -5,7 +5,7 @@ What every backend needs before rows move: to set itself up, and to find out tha
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from ep_megatron.backends.base import (
     PeerReport,
     check_agreement,
 )
+from ep_megatron.backends.waiter import Waiter, cut_off
 
 MAX_ERROR_BYTES = 512
 
@@ -45,7 +46,14 @@ class Meeting:
         is_private: whether to make connections of its own even if `group` has gloo. Needed where
             messages go out from another thread than the one that uses `group`: they must not
             mingle with the caller's.
+
+    Attributes:
+        num_calls: calls that this rank has begun to agree on.
+        last_call: the last one that all ranks took part in, in words.
     """
+
+    num_calls = 0
+    last_call = "has made no call yet"
 
     def __init__(
         self, group: dist.ProcessGroup, timeout: float, *, is_private: bool = False
@@ -54,6 +62,7 @@ class Meeting:
         self.timeout = timeout
         is_gloo = has_gloo(group)
         self.gloo: Any = None  # torch has no types for it
+        self._waiter, self._is_private = Waiter(), False
         if is_gloo:
             self.gloo = group._get_backend(torch.device("cpu"))
         if is_private or not is_gloo:
@@ -63,6 +72,19 @@ class Meeting:
             else:
                 token = _broadcast(token, group)
             self.gloo = _connect(token, self.rank, self.num_ranks, timeout)
+            self._is_private = True
+
+    def interrupt(self) -> None:
+        """End what waits for the other ranks, here or in another thread, with an error; local.
+
+        Only where the connections are this meeting's own: none of its messages gets through after.
+        """
+        if self._is_private:
+            cut_off(self.gloo)
+
+    def wait(self, action: Callable[[], None], interrupt: Callable[[], None] | None = None) -> None:
+        """Run what blocks on these connections and hear Ctrl-C meanwhile, which interrupts it."""
+        self._waiter.run(action, interrupt or self.interrupt)
 
     def exchange(self, operation: str, message: Tensor) -> Tensor:
         """Send `message` to every rank; return `[R, *message.shape]`.
@@ -85,21 +107,24 @@ class Meeting:
                     works.append((peer, post([tensor], peer, 0)))
                 except RuntimeError as error:  # the connection is gone already
                     late[peer] = str(error)
-        for peer, work in works:
-            if peer in late:
-                continue
-            left = max(deadline - time.monotonic(), 0.001)
-            try:
-                work.wait(timedelta(seconds=left))
-            except RuntimeError as error:
-                late[peer] = str(error)
+
+        def wait() -> None:
+            for peer, work in works:
+                if peer in late:
+                    continue
+                left = max(deadline - time.monotonic(), 0.001)
+                try:
+                    work.wait(timedelta(seconds=left))
+                except RuntimeError as error:
+                    late[peer] = str(error)
+
+        self.wait(wait)
         if late:
-            reasons = "; ".join(f"rank {r}: {late[r].splitlines()[0][:200]}" for r in sorted(late))
             raise RuntimeError(
                 f"{operation}: rank {self.rank} expected all {self.num_ranks} ranks within "
-                f"{self.timeout:g} s, got no answer from rank {', '.join(map(str, sorted(late)))} "
-                f"({reasons}); did it stop, or is it in another call? "
-                "This Buffer and its process group cannot go on"
+                f"{self.timeout:g} s{f' in call {self.num_calls}' if self.num_calls else ''}, got "
+                f"no answer from {describe_late(late, self.last_call)}; did it stop, or is it in "
+                "another call? This Buffer and its process group cannot go on"
             )
         return received
 
@@ -113,6 +138,7 @@ class Meeting:
             call: this rank's call; None when it reports an error.
             error: why this rank cannot take part.
         """
+        self.num_calls += 1
         numbers = [0] * NUM_CALL_FIELDS if call is None else list(call)
         text = error.encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
         message = torch.tensor(numbers, dtype=torch.int64).view(torch.uint8)
@@ -126,6 +152,7 @@ class Meeting:
             )
             for answer in answers
         ]
+        self.last_call = f"last call {self.num_calls}, {operation}"
         check_agreement(operation, reports)
 
     def gather_text(self, operation: str, text: str, num_bytes: int = 256) -> Sequence[str]:
@@ -154,6 +181,14 @@ class PartOfMeeting:
         """Return the `text` of every member. Collective over the whole."""
         texts = self._whole.gather_text(operation, text, num_bytes)
         return [texts[member] for member in self._members]
+
+
+def describe_late(late: Mapping[int, str], last_call: str) -> str:
+    """Return who is late or gone, its last call, and what its connection says."""
+    names = ", ".join(str(rank) for rank in sorted(late))
+    lines = {rank: text.splitlines()[0][:200] if text else "" for rank, text in late.items()}
+    reasons = "; ".join(f"rank {r}: {last_call}; {lines[r]}" for r in sorted(late))
+    return f"rank {names} ({reasons})"
 
 
 def _connect(token: str, rank: int, num_ranks: int, timeout: float) -> dist.ProcessGroupGloo:

@@ -61,9 +61,11 @@ class PackedGroup:
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, enable_shrink: bool) -> None:
         self._timeout, self._enable_shrink = timeout, enable_shrink
-        meeting = Meeting(group, timeout, is_private=True)
-        self._gloo, self.rank, self.num_ranks = meeting.gloo, meeting.rank, meeting.num_ranks
+        self._meeting = Meeting(group, timeout, is_private=True)
+        self._gloo, self.rank = self._meeting.gloo, self._meeting.rank
+        self.num_ranks = self._meeting.num_ranks
         self._num_calls, self._broken = 0, ""
+        self._last_calls = ["has made no low-latency call yet"] * self.num_ranks
         self._masked = [0] * self.num_ranks
         self._pending: dict[int, _Pending] = {}
         self._sent: dict[int, _Sent] = {}
@@ -208,8 +210,9 @@ class PackedGroup:
         return list(self._masked)
 
     def interrupt(self) -> None:
-        """See `LowLatencyBackend.interrupt`. gloo cannot leave a wait; the next call can."""
+        """See `LowLatencyBackend.interrupt`."""
         self._broken = self._broken or "a call was interrupted"
+        self._meeting.interrupt()
 
     def close(self) -> None:
         """See `LowLatencyBackend.close`. The connections end with the object."""
@@ -290,6 +293,7 @@ class PackedGroup:
             reports[peer] = PeerReport(numbers[:-1], text)
             if peer == self.rank:
                 continue
+            self._last_calls[peer] = f"last low-latency call {number}, {call.name}"
             message = messages[peer] = torch.empty(numbers[-1], dtype=torch.uint8)
             if numbers[-1]:
                 works.append((peer, self._gloo.recv([message], peer, tag)))
@@ -303,8 +307,9 @@ class PackedGroup:
 
     def _wait(self, name: str, peer: int, work: Any, deadline: float) -> bool:
         """Return whether the work was done, or its rank is masked now."""
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
         try:
-            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+            self._meeting.wait(lambda: work.wait(left), self.interrupt)
         except RuntimeError as error:
             if self._masked[peer]:
                 return False
@@ -319,7 +324,10 @@ class PackedGroup:
                 self._masked[peer] = 1
             return
         self._broken = f"rank {', '.join(map(str, reasons))} did not come"
-        lines = "; ".join(f"rank {r}: {why.splitlines()[0][:200]}" for r, why in reasons.items())
+        lines = "; ".join(
+            f"rank {r}: {self._last_calls[r]}; {why.splitlines()[0][:200]}"
+            for r, why in reasons.items()
+        )
         raise RuntimeError(
             f"{name}: rank {self.rank} expected all {self.num_ranks} ranks within "
             f"{self._timeout:g} s in low-latency call {self._num_calls}, got no answer from rank "

@@ -5,7 +5,7 @@ holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ra
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.meeting import Meeting, has_gloo
+from ep_megatron.backends.meeting import Meeting, describe_late, has_gloo
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
     count_tokens,
@@ -130,8 +130,11 @@ class ProcessGroupBackend:
         raise AssertionError("a reported error was not returned")
 
     def interrupt(self) -> None:
-        """See `Backend.interrupt`. gloo cannot leave a wait before its deadline; the next can."""
+        """See `Backend.interrupt`. Waits of rows on a GPU end at their deadline."""
         self._broken = self._broken or "a call was interrupted"
+        self._meeting.interrupt()
+        if self._down is not None:
+            self._down.interrupt()
 
     def limit_threads(self, num_threads: int) -> None:
         """See `Backend.limit_threads`. The threads are torch's, which are not this room's."""
@@ -155,8 +158,10 @@ class ProcessGroupBackend:
         """Return `wait()`; if a rank did not come, no later call of this Buffer waits for it."""
         try:
             return wait()
-        except RuntimeError as error:
-            self._broken = self._broken or str(error).split(";")[0][:200]
+        except ValueError:
+            raise
+        except BaseException as error:
+            self._broken = self._broken or str(error).split(";")[0][:200] or type(error).__name__
             raise
 
     def _plan(self, rows: Rows, routing: Routing) -> tuple[DispatchHandle, Rows]:
@@ -253,21 +258,42 @@ class ProcessGroupBackend:
                 works = self._post(to.split(recv_counts), sent.split(send_counts), self._down.gloo)
             else:
                 counts = list(recv_counts), list(send_counts)
-                works = [self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())]
-            for work in works:
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-        except RuntimeError as error:
+                work = self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())
+                works = [(None, work)]
+        except RuntimeError as error:  # a connection is gone already
             self._broken = "its rows did not come"
-            raise RuntimeError(
-                f"process_group: rank {self.rank} expected its rows within {self._timeout:g} s, "
-                f"got {str(error).splitlines()[0]}; a rank stopped between the count exchange and "
-                "the rows. This Buffer and its process group cannot go on"
-            ) from error
+            raise self._no_rows(str(error)) from error
+        late: dict[int | None, str] = {}
+
+        def wait() -> None:
+            for peer, work in works:
+                try:
+                    if peer not in late:
+                        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                except RuntimeError as error:
+                    late[peer] = str(error)
+
+        self._waiting(lambda: self._meeting.wait(wait, self.interrupt))
+        if late:
+            self._broken = "its rows did not come"
+            known = {peer: text for peer, text in late.items() if peer is not None}
+            raise self._no_rows(late.get(None, ""), known)
         return received
 
-    def _post(self, receives: Sequence[Tensor], sends: Sequence[Tensor], down: Any) -> list[Any]:
+    def _no_rows(self, text: str, late: Mapping[int, str] | None = None) -> RuntimeError:
+        who = describe_late(late, self._meeting.last_call) if late else text.splitlines()[0]
+        return RuntimeError(
+            f"process_group: rank {self.rank} expected its rows of call {self._num_calls} within "
+            f"{self._timeout:g} s, got {'none from ' if late else ''}{who}; a rank stopped between "
+            "the count exchange and the rows. This Buffer and its process group cannot go on"
+        )
+
+    def _post(
+        self, receives: Sequence[Tensor], sends: Sequence[Tensor], down: Any
+    ) -> list[tuple[int | None, Any]]:
         """Start to move each rank's part, every receive before a send; return what to wait for."""
-        up, works = self._meeting.gloo, []
+        up = self._meeting.gloo
+        works: list[tuple[int | None, Any]] = []
         receives[self.rank].copy_(sends[self.rank])
         for is_receive, parts in ((True, receives), (False, sends)):
             for peer, part in enumerate(parts):
@@ -275,7 +301,7 @@ class ProcessGroupBackend:
                     continue
                 group = up if (peer > self.rank) != is_receive else down
                 post = group.recv if is_receive else group.send
-                works.append(post([part], peer, _ROWS_TAG))
+                works.append((peer, post([part], peer, _ROWS_TAG)))
         return works
 
     def _by_rank(self, returned: Tensor, handle: DispatchHandle) -> list[tuple[Tensor, Tensor]]:

@@ -5,10 +5,9 @@ own: gloo answers "ready to receive" on the connection that carries rows, so tha
 queues behind them and a full-duplex link runs at half rate.
 """
 
+import contextlib
 import os
-import queue
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -21,12 +20,14 @@ from torch import Tensor
 
 from ep_megatron.arguments import MAX_EXPERTS
 from ep_megatron.backends.base import NUM_CALL_FIELDS, Call, PeerReport, check_agreement
-from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Gathering
+from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Gathering, describe_late
+from ep_megatron.backends.waiter import Waiter, cut_off
 
 _HEADER = struct.Struct(f"<3q{NUM_CALL_FIELDS}q")  # kind, bytes that follow, number of the call
 _STATUS_BYTES = 512
 # Who waits for another host gives that host's ranks time to say which of them is late.
 GRACE_SECONDS = 2.0
+_FAREWELL_SECONDS = 0.5  # that last words may take on their way
 
 
 class Message(IntEnum):
@@ -87,9 +88,9 @@ class Wire:
             )
             for direction in ("up", "down")
         ]
-        self._waiter = _Waiter()
+        self._waiter = Waiter()
         self._in_flight: list[Any] = []
-        self._num_calls = 0
+        self._num_calls, self._last_call = 0, "has made no call yet"
         self._capacity = _HEADER.size + max(MAX_ERROR_BYTES, 4 * (MAX_EXPERTS + 2 * self.num_ranks))
         # Nobody leaves, and perhaps drops its connections, before all are connected.
         self.agree("Buffer", Call(operation=0, dtype=0, hidden=0))
@@ -141,6 +142,7 @@ class Wire:
                 )
             reports.append(PeerReport(header[3:], text))
             bodies.append(body)
+        self._last_call = f"last call {self._num_calls}, {operation}"
         check_agreement(operation, reports)
         if counts is None:
             return None
@@ -200,14 +202,12 @@ class Wire:
                         refusals[transfer.peer] = reason
 
         if works:
-            self._waiter.run(wait)
+            self._waiter.run(wait, self.interrupt)
         if late:
-            names = ", ".join(str(rank) for rank in sorted(late))
-            reasons = "; ".join(f"rank {r}: {_first_line(late[r])}" for r in sorted(late))
             raise RuntimeError(
                 f"{operation}: rank {self.rank} expected all its peers within {limit:g} s in call "
-                f"{self._num_calls}, got no answer from rank {names} ({reasons}); did it stop, or "
-                "is it in another call? make a new Buffer once all ranks are back"
+                f"{self._num_calls}, got no answer from {describe_late(late, self._last_call)}; "
+                "did it stop, or is it in another call? make a new Buffer once all ranks are back"
             )
         return refusals
 
@@ -237,6 +237,19 @@ class Wire:
         peers = [p for p in range(self.num_ranks) if p != self.rank]
         self.send(Transfer(peer, Message.MEETING, message) for peer in peers)
 
+    def interrupt(self) -> None:
+        """End what waits for other ranks, in any thread, with an error. Local.
+
+        The others are told first; no message gets through after.
+        """
+        self.farewell("it was interrupted")
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        for work, _ in self._in_flight:
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        for group in self._groups:
+            cut_off(group)
+
     def close(self) -> None:
         """Drop the connections."""
         self._groups.clear()
@@ -258,42 +271,3 @@ class Wire:
 def _unpack_status(message: Tensor) -> tuple[int, str]:
     data = message.numpy().tobytes()
     return data[0], data[1:].rstrip(b"\0").decode(errors="replace")
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0][:200] if text else "no reason given"
-
-
-class _Waiter:
-    """A thread that waits, so that the caller hears Ctrl-C: gloo's waits do not."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def run(self, action: Callable[[], None]) -> None:
-        if self._thread is None:
-            # A daemon: a wait that nobody hears any more must not hold up the end of the process.
-            self._thread = threading.Thread(
-                target=_serve, args=(self._tasks,), name="ep_megatron wire", daemon=True
-            )
-            self._thread.start()
-        answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._tasks.put((action, answer))
-        error = answer.get()
-        if error is not None:
-            raise error
-
-    def __del__(self) -> None:
-        self._tasks.put(None)
-
-
-def _serve(tasks: "queue.SimpleQueue[Any]") -> None:
-    while (task := tasks.get()) is not None:
-        action, answer = task
-        try:
-            action()
-            answer.put(None)
-        except BaseException as error:
-            answer.put(error)
-        del task, action, answer  # a thread at rest keeps nobody's tensors
