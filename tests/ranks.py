@@ -1,7 +1,9 @@
 """Run a function on several ranks, in a pool of processes per rank count that all tests share."""
 
 import functools
+import gc
 import multiprocessing as mp
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,13 +21,28 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), num_ranks, rank)
     while True:
         try:
-            function, args = pipe.recv()
+            task = pipe.recv()
         except EOFError:
             return
+        if task is None:
+            _drop_groups()
+            continue
+        function, args = task
         try:
             pipe.send((function(rank, *args), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
+
+
+def _drop_groups() -> None:
+    """Leave the groups that a test has made: a rank that rests polls for each of them."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None:
+        state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def fresh_processes() -> ForkServerContext:
@@ -60,6 +77,8 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
     if errors:
         _pool.cache_clear()  # its ranks no longer agree on what was sent
         raise AssertionError("\n".join(errors))
+    for pipe in pool:  # all have come back, so no rank is in a call of such a group
+        pipe.send(None)
     return [result for result, _ in answers]
 
 

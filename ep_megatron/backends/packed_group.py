@@ -5,7 +5,7 @@ the headers, checks that the ranks agree, and then takes the rows. CPU tensors o
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -244,14 +244,13 @@ class PackedGroup:
         if number - 2 in self._pending:
             raise too_many_pending(name)
         deadline = time.monotonic() + self._timeout
-        for peer, _, work in self._sent.pop(number - 2, _Sent()).works:
-            self._wait(name, peer, work, deadline)
+        self._wait_each(name, self._sent.pop(number - 2, _Sent()).works, deadline)
         self._num_calls = number
         sent = self._sent[number] = _Sent()
         headers: dict[int, tuple[Tensor, Any]] = {}
         text = error.encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
         tag = 2 * (number % _NUM_TAGS)
-        own = (torch.empty(0), torch.empty(0))
+        own, lost = (torch.empty(0), torch.empty(0)), {}
         for step in range(self.num_ranks):
             peer = (self.rank + step) % self.num_ranks
             body = torch.cat([_bytes(part).flatten() for part in messages[peer]] or [_NOTHING])
@@ -270,7 +269,8 @@ class PackedGroup:
                 if body.numel():
                     sent.works.append((peer, body, self._gloo.send([body], peer, tag + 1)))
             except RuntimeError as broken:  # the connection is gone already
-                self._lose(name, {peer: str(broken)})
+                lost[peer] = str(broken)
+        self._lose(name, lost)
         self._pending[number] = _Pending(headers, own)
         return number
 
@@ -279,14 +279,12 @@ class PackedGroup:
         pending = self._pending.pop(number)
         deadline = time.monotonic() + self._timeout
         tag = 2 * (number % _NUM_TAGS) + 1
+        headers = [(peer, header, work) for peer, (header, work) in pending.headers.items()]
         answers = {self.rank: pending.own[0]}
-        for peer, (header, work) in pending.headers.items():
-            start = time.monotonic_ns()
-            if not self._masked[peer] and self._wait(call.name, peer, work, deadline):
-                answers[peer] = header
-            waited[peer] += time.monotonic_ns() - start
+        answers |= self._wait_each(call.name, headers, deadline, waited)
         split = 8 * (NUM_FIELDS + 1)
         messages, works, reports = {self.rank: pending.own[1]}, [], {}
+        lost: dict[int, str] = {}
         for peer, header in answers.items():
             numbers = header[:split].clone().view(torch.int64).tolist()
             text = bytes(header[split:].tolist()).rstrip(b"\0").decode(errors="replace")
@@ -294,31 +292,58 @@ class PackedGroup:
             if peer == self.rank:
                 continue
             self._last_calls[peer] = f"last low-latency call {number}, {call.name}"
-            message = messages[peer] = torch.empty(numbers[-1], dtype=torch.uint8)
-            if numbers[-1]:
-                works.append((peer, self._gloo.recv([message], peer, tag)))
+            messages[peer] = torch.empty(numbers[-1], dtype=torch.uint8)
+            try:
+                if numbers[-1]:
+                    works.append(
+                        (peer, messages[peer], self._gloo.recv([messages[peer]], peer, tag))
+                    )
+            except RuntimeError as broken:
+                lost[peer] = str(broken)
+        self._lose(call.name, lost)
         # Rows are taken even if the ranks do not agree: nothing is left behind for the next call.
-        for peer, work in works:
-            if not self._wait(call.name, peer, work, deadline):
-                messages.pop(peer)
-                reports.pop(peer)
+        self._wait_each(call.name, works, deadline)
+        for peer in [p for p in messages if self._masked[p]]:
+            messages.pop(peer)
+            reports.pop(peer)
         check_low_latency_agreement(call.name, reports, self.num_ranks)
         return messages
 
-    def _wait(self, name: str, peer: int, work: Any, deadline: float) -> bool:
-        """Return whether the work was done, or its rank is masked now."""
-        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
-        try:
-            self._meeting.wait(lambda: work.wait(left), self.interrupt)
-        except RuntimeError as error:
-            if self._masked[peer]:
-                return False
-            self._lose(name, {peer: str(error)}, is_late=time.monotonic() >= deadline)
-            return False
-        return True
+    def _wait_each(
+        self,
+        name: str,
+        works: Sequence[tuple[int, Tensor, Any]],
+        deadline: float,
+        waited: Tensor | None = None,
+    ) -> dict[int, Tensor]:
+        """Return the tensors of works that were done, by rank; mask or name the other ranks."""
+        done: dict[int, Tensor] = {}
+        gone: dict[int, str] = {}
+        late: dict[int, str] = {}
+
+        def wait() -> None:
+            for peer, tensor, work in works:
+                start = time.monotonic_ns()
+                if self._masked[peer] or peer in gone or peer in late:
+                    continue
+                try:
+                    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                    done[peer] = tensor
+                except RuntimeError as error:
+                    (late if time.monotonic() >= deadline else gone)[peer] = str(error)
+                if waited is not None:
+                    waited[peer] += time.monotonic_ns() - start
+
+        if works:
+            self._meeting.wait(wait, self.interrupt)
+        self._lose(name, late | gone, is_late=bool(late))
+        return done
 
     def _lose(self, name: str, reasons: dict[int, str], *, is_late: bool = False) -> None:
         """Mask ranks that have ended, where that is allowed; raise otherwise."""
+        reasons = {peer: why for peer, why in reasons.items() if not self._masked[peer]}
+        if not reasons:
+            return
         if self._enable_shrink and not is_late:
             for peer in reasons:
                 self._masked[peer] = 1

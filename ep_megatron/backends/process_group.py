@@ -5,7 +5,7 @@ holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ra
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -253,47 +253,46 @@ class ProcessGroupBackend:
         # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
         to, sent = (tensor.flatten(1).view(torch.uint8) for tensor in (received, dense))
         deadline = time.monotonic() + self._timeout
-        try:
-            if self._down is not None and values.device.type == "cpu":
-                works = self._post(to.split(recv_counts), sent.split(send_counts), self._down.gloo)
-            else:
-                counts = list(recv_counts), list(send_counts)
-                work = self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())
-                works = [(None, work)]
-        except RuntimeError as error:  # a connection is gone already
-            self._broken = "its rows did not come"
-            raise self._no_rows(str(error)) from error
-        late: dict[int | None, str] = {}
-
-        def wait() -> None:
-            for peer, work in works:
-                try:
-                    if peer not in late:
-                        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-                except RuntimeError as error:
-                    late[peer] = str(error)
-
-        self._waiting(lambda: self._meeting.wait(wait, self.interrupt))
+        late: dict[int, str] = {}
+        if self._down is not None and values.device.type == "cpu":
+            parts = to.split(recv_counts), sent.split(send_counts)
+            works = self._post(*parts, self._down.gloo, late)
+            self._waiting(
+                lambda: self._meeting.wait(
+                    lambda: _wait_for_each(works, late, deadline), self.interrupt
+                )
+            )
+        else:
+            self._over_group(to, sent, (list(recv_counts), list(send_counts)))
         if late:
-            self._broken = "its rows did not come"
-            known = {peer: text for peer, text in late.items() if peer is not None}
-            raise self._no_rows(late.get(None, ""), known)
+            raise self._no_rows(f"none from {describe_late(late, self._meeting.last_call)}")
         return received
 
-    def _no_rows(self, text: str, late: Mapping[int, str] | None = None) -> RuntimeError:
-        who = describe_late(late, self._meeting.last_call) if late else text.splitlines()[0]
+    def _over_group(self, to: Tensor, sent: Tensor, counts: tuple[list[int], list[int]]) -> None:
+        """Move rows over the caller's group, which does not say whose are missing."""
+        try:
+            work = self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())
+            work.wait(timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            raise self._no_rows(str(error).splitlines()[0]) from error
+
+    def _no_rows(self, actual: str) -> RuntimeError:
+        self._broken = "its rows did not come"
         return RuntimeError(
             f"process_group: rank {self.rank} expected its rows of call {self._num_calls} within "
-            f"{self._timeout:g} s, got {'none from ' if late else ''}{who}; a rank stopped between "
-            "the count exchange and the rows. This Buffer and its process group cannot go on"
+            f"{self._timeout:g} s, got {actual}; a rank stopped between the count exchange and "
+            "the rows. This Buffer and its process group cannot go on"
         )
 
     def _post(
-        self, receives: Sequence[Tensor], sends: Sequence[Tensor], down: Any
-    ) -> list[tuple[int | None, Any]]:
-        """Start to move each rank's part, every receive before a send; return what to wait for."""
+        self, receives: Sequence[Tensor], sends: Sequence[Tensor], down: Any, late: dict[int, str]
+    ) -> list[tuple[int, Any]]:
+        """Start to move each rank's part, every receive before a send; return what to wait for.
+
+        Ranks whose connection is gone already are noted in `late`.
+        """
         up = self._meeting.gloo
-        works: list[tuple[int | None, Any]] = []
+        works: list[tuple[int, Any]] = []
         receives[self.rank].copy_(sends[self.rank])
         for is_receive, parts in ((True, receives), (False, sends)):
             for peer, part in enumerate(parts):
@@ -301,7 +300,10 @@ class ProcessGroupBackend:
                     continue
                 group = up if (peer > self.rank) != is_receive else down
                 post = group.recv if is_receive else group.send
-                works.append((peer, post([part], peer, _ROWS_TAG)))
+                try:
+                    works.append((peer, post([part], peer, _ROWS_TAG)))
+                except RuntimeError as error:
+                    late[peer] = str(error)
         return works
 
     def _by_rank(self, returned: Tensor, handle: DispatchHandle) -> list[tuple[Tensor, Tensor]]:
@@ -358,6 +360,16 @@ class ProcessGroupBackend:
         for tokens, part in self._by_rank(returned, handle):
             total[tokens] += part
         return total.masked_fill(~_is_summed(handle), 0)
+
+
+def _wait_for_each(works: Sequence[tuple[int, Any]], late: dict[int, str], deadline: float) -> None:
+    """Wait until the deadline; note who did not come in `late`."""
+    for peer, work in works:
+        try:
+            if peer not in late:
+                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            late[peer] = str(error)
 
 
 def _is_summed(handle: DispatchHandle) -> Tensor:

@@ -88,12 +88,13 @@ class Wire:
             )
             for direction in ("up", "down")
         ]
-        self._waiter = Waiter()
+        self._waiter, self._last_call = Waiter(), "has not joined yet"
         self._in_flight: list[Any] = []
-        self._num_calls, self._last_call = 0, "has made no call yet"
+        self._num_calls = 0
         self._capacity = _HEADER.size + max(MAX_ERROR_BYTES, 4 * (MAX_EXPERTS + 2 * self.num_ranks))
         # Nobody leaves, and perhaps drops its connections, before all are connected.
         self.agree("Buffer", Call(operation=0, dtype=0, hidden=0))
+        self._num_calls, self._last_call = 0, "has made no call yet"
 
     def agree(
         self, operation: str, call: Call | None, counts: Tensor | None = None, error: str = ""
