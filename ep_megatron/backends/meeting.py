@@ -107,18 +107,7 @@ class Meeting:
                     works.append((peer, post([tensor], peer, 0)))
                 except RuntimeError as error:  # the connection is gone already
                     late[peer] = str(error)
-
-        def wait() -> None:
-            for peer, work in works:
-                if peer in late:
-                    continue
-                left = max(deadline - time.monotonic(), 0.001)
-                try:
-                    work.wait(timedelta(seconds=left))
-                except RuntimeError as error:
-                    late[peer] = str(error)
-
-        self.wait(wait)
+        self.wait(lambda: wait_for_each(works, late, deadline))
         if late:
             raise RuntimeError(
                 f"{operation}: rank {self.rank} expected all {self.num_ranks} ranks within "
@@ -189,6 +178,16 @@ def describe_late(late: Mapping[int, str], last_call: str) -> str:
     lines = {rank: text.splitlines()[0][:200] if text else "" for rank, text in late.items()}
     reasons = "; ".join(f"rank {r}: {last_call}; {lines[r]}" for r in sorted(late))
     return f"rank {names} ({reasons})"
+
+
+def wait_for_each(works: Sequence[tuple[int, Any]], late: dict[int, str], deadline: float) -> None:
+    """Wait for works until the deadline; note by rank who did not come, and why, in `late`."""
+    for peer, work in works:
+        try:
+            if peer not in late:
+                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            late[peer] = str(error)
 
 
 def _connect(token: str, rank: int, num_ranks: int, timeout: float) -> dist.ProcessGroupGloo:

@@ -5,7 +5,8 @@ holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ra
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.meeting import Meeting, describe_late, has_gloo
+from ep_megatron.backends.meeting import Meeting, describe_late, has_gloo, wait_for_each
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
     count_tokens,
@@ -67,10 +68,11 @@ class ProcessGroupBackend:
             self.fail("dispatch", str(error).removeprefix("dispatch: "))
             raise
         self._agree("dispatch", Call.of("dispatch", rows, routing))
-        handle, received = self._plan(rows, routing)
-        if announce is not None:
-            announce(received, handle)
-        self._deliver(rows, handle, received)
+        with self._taking_part():
+            handle, received = self._plan(rows, routing)
+            if announce is not None:
+                announce(received, handle)
+            self._deliver(rows, handle, received)
         return received, handle
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
@@ -84,11 +86,12 @@ class ProcessGroupBackend:
         rows = rows.contiguous()
         received = received or self.new_received(rows, handle)
         self._agree("cached dispatch", Call.of("cached dispatch", rows, handle))
-        if rows.topk_weights is not None:
-            assert received.rows.topk_weights is not None
-            weights = self._send(rows.topk_weights, handle)
-            received.rows.topk_weights.copy_(self._local_weights(weights, handle))
-        self._deliver(rows, handle, received.rows)
+        with self._taking_part():
+            if rows.topk_weights is not None:
+                assert received.rows.topk_weights is not None
+                weights = self._send(rows.topk_weights, handle)
+                received.rows.topk_weights.copy_(self._local_weights(weights, handle))
+            self._deliver(rows, handle, received.rows)
         return received.rows
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
@@ -106,19 +109,8 @@ class ProcessGroupBackend:
         rows = rows.contiguous()
         out, out_weights = combined or self.new_combined(rows, handle)
         self._agree("combine", Call.of("combine", rows, handle))
-        x = rows.x
-        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        total = _sum_of(biases, handle.num_tokens, x, sum_dtype)
-        returned = self._send_back(self._reduce_rows(x, handle, sum_dtype), handle)
-        for tokens, part in self._by_rank(returned, handle):
-            total[tokens] += part.to(sum_dtype)
-        has_rows = handle.route_rank[:, :1] >= 0
-        if not biases:
-            total = total.masked_fill(~has_rows, 0)
-        out.copy_(total)
-        if rows.topk_weights is not None:
-            assert out_weights is not None
-            out_weights.copy_(self._combine_weights(rows.topk_weights, handle))
+        with self._taking_part():
+            self._sum(rows, handle, biases, (out, out_weights))
         return out, out_weights
 
     def fail(self, operation: str, error: str) -> None:
@@ -142,6 +134,17 @@ class ProcessGroupBackend:
     def close(self) -> None:
         """See `Backend.close`. The connections end with the object."""
         self._broken = self._broken or "it was destroyed"
+
+    @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """End the group where this rank alone fails: the others count on what it would send."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._broken:
+                self._broken = f"rank {self.rank} failed in a call: {error or type(error).__name__}"
+                self.interrupt()
+            raise
 
     # -- planning ---------------------------------------------------------------------------------
 
@@ -257,11 +260,7 @@ class ProcessGroupBackend:
         if self._down is not None and values.device.type == "cpu":
             parts = to.split(recv_counts), sent.split(send_counts)
             works = self._post(*parts, self._down.gloo, late)
-            self._waiting(
-                lambda: self._meeting.wait(
-                    lambda: _wait_for_each(works, late, deadline), self.interrupt
-                )
-            )
+            self._meeting.wait(lambda: wait_for_each(works, late, deadline), self.interrupt)
         else:
             self._over_group(to, sent, (list(recv_counts), list(send_counts)))
         if late:
@@ -312,6 +311,28 @@ class ProcessGroupBackend:
         tokens = self._send_order(handle).split(counts)
         return list(zip(tokens, returned.split(counts), strict=True))
 
+    def _sum(
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        biases: Sequence[Tensor],
+        combined: tuple[Tensor, Tensor | None],
+    ) -> None:
+        out, out_weights = combined
+        x = rows.x
+        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        total = _sum_of(biases, handle.num_tokens, x, sum_dtype)
+        returned = self._send_back(self._reduce_rows(x, handle, sum_dtype), handle)
+        for tokens, part in self._by_rank(returned, handle):
+            total[tokens] += part.to(sum_dtype)
+        has_rows = handle.route_rank[:, :1] >= 0
+        if not biases:
+            total = total.masked_fill(~has_rows, 0)
+        out.copy_(total)
+        if rows.topk_weights is not None:
+            assert out_weights is not None
+            out_weights.copy_(self._combine_weights(rows.topk_weights, handle))
+
     # -- expert-major rows ------------------------------------------------------------------------
 
     def _deliver(self, rows: Rows, handle: DispatchHandle, received: Rows) -> None:
@@ -360,16 +381,6 @@ class ProcessGroupBackend:
         for tokens, part in self._by_rank(returned, handle):
             total[tokens] += part
         return total.masked_fill(~_is_summed(handle), 0)
-
-
-def _wait_for_each(works: Sequence[tuple[int, Any]], late: dict[int, str], deadline: float) -> None:
-    """Wait until the deadline; note who did not come in `late`."""
-    for peer, work in works:
-        try:
-            if peer not in late:
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-        except RuntimeError as error:
-            late[peer] = str(error)
 
 
 def _is_summed(handle: DispatchHandle) -> Tensor:
