@@ -81,6 +81,59 @@ class Report:
     @property
     def per_expert(self) -> list[int]: ...
 
+class PackedArgs(_Args):
+    def set_head(self, *, call: Sequence[int], error: str, rows: int) -> None: ...
+
+class PackedStep:
+    begin: PackedStep
+    push: PackedStep
+    stage: PackedStep
+    post: PackedStep
+    meet: PackedStep
+    take: PackedStep
+    sum: PackedStep
+    finish: PackedStep
+    mask: PackedStep
+
+class PackedWord:
+    @property
+    def is_there(self) -> bool: ...
+    @property
+    def is_late(self) -> bool: ...
+    @property
+    def is_masked(self) -> bool: ...
+    @property
+    def has_other_routing(self) -> bool: ...
+    @property
+    def waited(self) -> int: ...
+    @property
+    def kind(self) -> int: ...
+    @property
+    def call(self) -> list[int]: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def error_value(self) -> int: ...
+    @property
+    def error_at(self) -> int: ...
+
+def plan_packed(step: PackedStep, args: PackedArgs, num_sms: int) -> Launch: ...
+def read_packed_report(
+    bytes: bytes | memoryview, num_ranks: int
+) -> tuple[int, list[PackedWord]]: ...
+
+PACKED_CONTROL_BYTES: int
+PACKED_STATE_BYTES: int
+PACKED_REPORT_BYTES: int
+PACKED_AGREED: int
+PACKED_DISAGREED: int
+PACKED_OTHER_ROUTING: int
+PACKED_TIMED_OUT: int
+PACKED_AGAIN: int
+PACKED_BAD_INDEX: int
+PACKED_TOO_MANY: int
+PACKED_BAD_RANGE: int
+
 class Device:
     def __init__(self, ordinal: int) -> None: ...
     @property

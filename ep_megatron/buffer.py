@@ -48,7 +48,9 @@ class Buffer(LowLatencyVerbs, Settings):
         group: the expert-parallel ranks; any size from 1 up. None with `comm`.
         num_nvl_bytes: bytes made ready at the start; on a CPU the first size of the shared-memory
             arena, which grows when needed (0: `config.initial_bytes`).
-        num_rdma_bytes: accepted; nothing here needs it yet.
+        num_rdma_bytes: bytes that the low-latency verbs may use on a GPU, as
+            `get_low_latency_rdma_size_hint` says (0: `config.initial_bytes`); fixed for good, and
+            the same on all ranks. Not needed on a CPU.
         low_latency_mode: whether to make what the low-latency verbs need.
         num_qps_per_rank: accepted; a setting of RDMA.
         allow_nvlink_for_low_latency_mode: likewise.
@@ -92,7 +94,7 @@ class Buffer(LowLatencyVerbs, Settings):
         self._low_latency = None
         if low_latency_mode:
             self._low_latency = backends.choose_low_latency(
-                group, self.config, self._backend, enable_shrink=enable_shrink
+                group, self.config, self._backend, num_rdma_bytes, enable_shrink=enable_shrink
             )
         self._calls = Calls(self._backend, self._low_latency)
         self.rank, self.group_size = self._backend.rank, self._backend.num_ranks

@@ -91,7 +91,7 @@ class LowLatencyVerbs:
         """Send every token to each of its experts.
 
         Args:
-            x: `[T, H]` bfloat16 on a CPU, H a multiple of 128 (of 512 with `use_ue8m0`). Read
+            x: `[T, H]` bfloat16, H a multiple of 128 (of 512 with `use_ue8m0`). Read
                 before the call returns, or with `async_finish` before the event is complete.
             topk_idx: `[T, K]` int64 or int32, -1 where a slot is unused.
             num_max_dispatch_tokens_per_rank: C, the same on all ranks; T may be 0 to C. No expert
@@ -123,18 +123,19 @@ class LowLatencyVerbs:
         """
         name = "low_latency_dispatch"
         stats = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        backend = self._backend_of(name)
+        device = backend.device_type
 
         def check() -> LowLatencyCall:
             check_hook(name, async_finish, return_recv_hook)
-            check_packed_rows(name, x)
-            num_tokens = num_max_dispatch_tokens_per_rank
-            check_routing(name, topk_idx, len(x), num_tokens, num_experts, self.group_size)
-            check_stats(name, stats, num_experts // self.group_size, self.group_size)
+            check_packed_rows(name, x, device)
+            num_tokens, ranks = num_max_dispatch_tokens_per_rank, self.group_size
+            check_routing(name, topk_idx, len(x), num_tokens, num_experts, ranks, device)
+            check_stats(name, stats, num_experts // ranks, ranks, device)
             recipe = recipe_of(name, use_fp8, round_scale, use_ue8m0, x.shape[1])
             code = 0 if recipe is None else recipe.code
             return LowLatencyCall(DISPATCH, num_tokens, x.shape[1], num_experts, code)
 
-        backend = self._backend_of(name)
         call = self._agreeable(name, check)
         packed = Packed.empty(call, self.group_size, x.device)
 
@@ -146,7 +147,7 @@ class LowLatencyVerbs:
             if stats[0] is not None:
                 stats[0].add_(packed.count)
             if stats[1] is not None:
-                stats[1].add_(packed.waited)
+                stats[1].add_(packed.waited.to(stats[1].device))
 
         event, hook = self._run(name, send, receive, (x, topk_idx), async_finish, return_recv_hook)
         handle = LowLatencyHandle(packed.src_info, packed.layout_range, *call[1:4])
@@ -200,20 +201,22 @@ class LowLatencyVerbs:
                 f"{name}: expected use_logfmt to be False, got True; LogFMT is not there"
             )
         backend = self._backend_of(name)
+        device = backend.device_type
         stats = None, combine_wait_recv_cost_stats
 
         def check() -> LowLatencyCall:
             check_hook(name, async_finish, return_recv_hook)
-            sizes = check_packed_handle(name, handle, self.group_size)
+            sizes = check_packed_handle(name, handle, self.group_size, device)
             num_tokens, hidden, num_experts = sizes
             local, rows = num_experts // self.group_size, self.group_size * num_tokens
-            check_tensor(name, "x", x, (local, rows, hidden), torch.bfloat16)
-            length = topk_idx.shape[0] if topk_idx.ndim else 0
-            check_routing(name, topk_idx, length, num_tokens, num_experts, self.group_size)
-            check_tensor(name, "topk_weights", topk_weights, topk_idx.shape, torch.float32)
+            bf16, shape, ranks = torch.bfloat16, topk_idx.shape, self.group_size
+            check_tensor(name, "x", x, (local, rows, hidden), bf16, device=device)
+            length = shape[0] if topk_idx.ndim else 0
+            check_routing(name, topk_idx, length, num_tokens, num_experts, ranks, device)
+            check_tensor(name, "topk_weights", topk_weights, shape, torch.float32, device=device)
             if out is not None:
-                check_tensor(name, "out", out, (length, hidden), torch.bfloat16, dense=True)
-            check_stats(name, stats, local, self.group_size)
+                check_tensor(name, "out", out, (length, hidden), bf16, dense=True, device=device)
+            check_stats(name, stats, local, ranks, device)
             return LowLatencyCall(COMBINE, *sizes)
 
         call = self._agreeable(name, check)
@@ -229,7 +232,7 @@ class LowLatencyVerbs:
             idx, weights = topk_idx.contiguous(), topk_weights.detach().contiguous()
             backend.receive_combine(number, call, idx, weights, combined, waited)
             if stats[1] is not None:
-                stats[1].add_(waited)
+                stats[1].add_(waited.to(stats[1].device))
 
         # Now, and not when a queued call runs: by then it might be the next call's.
         taken = backend.take_combine_buffer(value) if zero_copy else None
@@ -247,7 +250,7 @@ class LowLatencyVerbs:
         """
         name = "get_next_low_latency_combine_buffer"
         backend = self._backend_of(name)
-        check_packed_handle(name, handle, self.group_size)
+        check_packed_handle(name, handle, self.group_size, backend.device_type)
         return backend.combine_buffer(LowLatencyHandle(*handle))
 
     def clean_low_latency_buffer(
@@ -278,7 +281,8 @@ class LowLatencyVerbs:
         """Fill `mask_status [R]` int32: 1 for a rank that is masked, or has masked this one."""
         name = "low_latency_query_mask_buffer"
         backend = self._masking_backend(name)
-        check_tensor(name, "mask_status", mask_status, (self.group_size,), torch.int32)
+        shape, device = (self.group_size,), backend.device_type
+        check_tensor(name, "mask_status", mask_status, shape, torch.int32, device=device)
         mask_status.copy_(torch.tensor(backend.masks(), dtype=torch.int32))
 
     def low_latency_clean_mask_buffer(self) -> None:

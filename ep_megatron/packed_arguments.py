@@ -11,6 +11,7 @@ from ep_megatron.backends.packed import BLOCK, LowLatencyCall, LowLatencyHandle
 from ep_megatron.fp8 import Fp8Recipe
 
 _MAX_ROWS = (1 << 31) - 1
+_READABLE = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def _error(name: str, what: str, expected: str, actual: object) -> ValueError:
@@ -31,31 +32,38 @@ def check_tensor(
     dtype: torch.dtype,
     *,
     dense: bool = False,
+    device: str = "cpu",
 ) -> None:
-    """Raise unless a CPU tensor has this shape and dtype."""
-    if tensor.device.type != "cpu":
-        raise _error(name, what, "on a CPU", tensor.device)
+    """Raise unless a tensor of this type of device has this shape and dtype."""
+    if tensor.device.type != device:
+        raise _error(name, what, f"on a {_READABLE.get(device, device)}", tensor.device)
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         raise _error(name, what, f"{dtype} {list(shape)}", f"{tensor.dtype} {list(tensor.shape)}")
     if dense and not tensor.is_contiguous():
         raise _error(name, what, "contiguous", f"strides {tensor.stride()}")
 
 
-def check_packed_rows(name: str, x: Tensor) -> None:
+def check_packed_rows(name: str, x: Tensor, device: str) -> None:
     """Raise unless `x` is `[T, H]` bfloat16 with H a multiple of 128."""
     if x.ndim != 2 or x.shape[1] == 0 or x.shape[1] % BLOCK:
         raise _error(name, "x", f"[T, H] with H a multiple of {BLOCK}", list(x.shape))
-    check_tensor(name, "x", x, x.shape, torch.bfloat16)
+    check_tensor(name, "x", x, x.shape, torch.bfloat16, device=device)
 
 
 def check_routing(
-    name: str, topk_idx: Tensor, num_rows: int, num_max: int, num_experts: int, num_ranks: int
+    name: str,
+    topk_idx: Tensor,
+    num_rows: int,
+    num_max: int,
+    num_experts: int,
+    num_ranks: int,
+    device: str,
 ) -> None:
     """Raise unless `topk_idx` fits `num_rows` tokens, and those fit `num_max`."""
     check_topk_idx(name, topk_idx, num_experts, num_ranks)
-    if topk_idx.device.type != "cpu" or len(topk_idx) != num_rows:
+    if topk_idx.device.type != device or len(topk_idx) != num_rows:
         got = f"{topk_idx.device} {list(topk_idx.shape)}"
-        raise _error(name, "topk_idx", f"[{num_rows}, K] on a CPU", got)
+        raise _error(name, "topk_idx", f"[{num_rows}, K] on a {_READABLE.get(device, device)}", got)
     what = "num_max_dispatch_tokens_per_rank"
     if num_max < 1 or num_ranks * num_max > _MAX_ROWS:
         raise _error(name, what, f"from 1 to {_MAX_ROWS} / ranks", num_max)
@@ -64,14 +72,19 @@ def check_routing(
 
 
 def check_stats(
-    name: str, stats: tuple[Tensor | None, Tensor | None], num_local: int, num_ranks: int
+    name: str,
+    stats: tuple[Tensor | None, Tensor | None],
+    num_local: int,
+    num_ranks: int,
+    device: str,
 ) -> None:
     """Raise unless the statistics that are given can be added to."""
     if stats[0] is not None:
         what = "cumulative_local_expert_recv_stats"
-        check_tensor(name, what, stats[0], (num_local,), torch.int32)
+        check_tensor(name, what, stats[0], (num_local,), torch.int32, device=device)
     if stats[1] is not None:
-        check_tensor(name, "the wait statistics", stats[1], (num_ranks,), torch.int64)
+        what = "the wait statistics"
+        check_tensor(name, what, stats[1], (num_ranks,), torch.int64, device=device)
 
 
 def recipe_of(
@@ -88,7 +101,7 @@ def recipe_of(
 
 
 def check_packed_handle(
-    name: str, handle: LowLatencyHandle | tuple[Any, ...], num_ranks: int
+    name: str, handle: LowLatencyHandle | tuple[Any, ...], num_ranks: int, device: str
 ) -> tuple[int, int, int]:
     """Return C, H and E of a handle, or raise."""
     if not isinstance(handle, tuple) or len(handle) != len(LowLatencyHandle._fields):
@@ -96,9 +109,10 @@ def check_packed_handle(
     src_info, layout_range, num_tokens, hidden, num_experts = handle
     local = num_experts // num_ranks
     what = "the handle's packed_recv_src_info"
-    check_tensor(name, what, src_info, (local, num_ranks * num_tokens), torch.int32)
-    what = "the handle's packed_recv_layout_range"
-    check_tensor(name, what, layout_range, (local, num_ranks), torch.int64, dense=True)
+    shape = (local, num_ranks * num_tokens)
+    check_tensor(name, what, src_info, shape, torch.int32, device=device)
+    what, shape = "the handle's packed_recv_layout_range", (local, num_ranks)
+    check_tensor(name, what, layout_range, shape, torch.int64, dense=True, device=device)
     return num_tokens, hidden, num_experts
 
 

@@ -64,8 +64,11 @@ def experts_rows(case: PackedCase, rank: int, x: Tensor) -> Tensor:
 
 
 def check_all(rank: int, backend: str, cases: list[PackedCase], kinds: list[str]) -> None:
+    check_cases(rank, buffer_of(backend), cases, kinds)
+
+
+def check_cases(rank: int, buffer: Buffer, cases: list[PackedCase], kinds: list[str]) -> None:
     """Dispatch and combine of every case, compared with loops over the definition."""
-    buffer = buffer_of(backend)
     for step, case in enumerate(cases):
         for kind in kinds:
             if kind == "ue8m0" and case.hidden % 512:
@@ -94,8 +97,12 @@ def test_rows_and_sums_are_those_of_the_definition(backend: str, num_ranks: int)
 
 
 def check_hooks(rank: int, backend: str) -> None:
+    check_hooks_of(rank, buffer_of(backend))
+
+
+def check_hooks_of(rank: int, buffer: Buffer) -> None:
     """The sending halves of two calls run before any receiving half; hooks in either order."""
-    buffer, case = buffer_of(backend), PackedCase((6, 7))
+    case = PackedCase((6, 7))
     sent: list[Any] = []
     for step in range(2):
         x, idx = case.x(rank, step), case.topk_idx(rank, step)
@@ -159,8 +166,12 @@ def test_the_sending_half_runs_at_once() -> None:
 
 
 def check_steps(rank: int, backend: str, num_steps: int) -> None:
+    check_steps_of(rank, buffer_of(backend), num_steps)
+
+
+def check_steps_of(rank: int, buffer: Buffer, num_steps: int) -> None:
     """Many steps with ranks out of step, asynchronous or with hooks, zero-copy or not."""
-    buffer, case = buffer_of(backend), PackedCase((8, 5, 7), num_topk=4)
+    case = PackedCase((8, 5, 7), num_topk=4)
     skew, choice = random.Random(rank), random.Random(7)
     stats = torch.zeros(case.experts_per_rank, dtype=torch.int32)
     waited = torch.zeros(case.num_ranks, dtype=torch.int64)
@@ -231,8 +242,12 @@ def dispatch_wholly(
 
 
 def check_bad_input(rank: int, backend: str) -> None:
+    check_bad_input_of(rank, buffer_of(backend))
+
+
+def check_bad_input_of(rank: int, buffer: Buffer) -> None:
     """What is wrong on rank 1 raises on both ranks, also from hooks; the next call works."""
-    buffer, case = buffer_of(backend), PackedCase((4, 4))
+    case = PackedCase((4, 4))
     x, idx, weights = case.x(rank), case.topk_idx(rank), case.weights(rank)
     is_wrong = rank == 1
     big = torch.zeros(case.capacity + 1, case.hidden, dtype=torch.bfloat16)

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "core/errors.h"
+#include "cuda/plan_checks.h"
 
 namespace ep::cuda {
 namespace {
@@ -12,37 +12,6 @@ constexpr int kMaxItemBytes = 8;
 constexpr int64_t kStageBytesPerBlock = 64 * 1024;
 
 constexpr const char* kNames[] = {"bfloat16", "float16", "float32", "float64"};
-
-[[noreturn]] void refuse(const char* operation,
-                         const char* what,
-                         const std::string& expected,
-                         int64_t actual) {
-    throw std::invalid_argument(
-        text(operation, ": expected ", what, " to be ", expected, ", got ", actual));
-}
-
-void require(bool is_met,
-             const char* operation,
-             const char* what,
-             const std::string& expected,
-             int64_t actual) {
-    if (!is_met) refuse(operation, what, expected, actual);
-}
-
-void require_range(
-    const char* operation, const char* what, int64_t actual, int64_t low, int64_t high) {
-    require(low <= actual && actual <= high, operation, what, text("from ", low, " to ", high),
-            actual);
-}
-
-void require_multiple(const char* operation, const char* what, int64_t actual, int64_t of) {
-    require(actual % of == 0, operation, what, text("a multiple of ", of), actual);
-}
-
-void require_aligned(const char* operation, const char* what, const void* pointer, int64_t bytes) {
-    require_multiple(operation, what, static_cast<int64_t>(reinterpret_cast<intptr_t>(pointer)),
-                     bytes);
-}
 
 int item_bytes(DType dtype) {
     return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;

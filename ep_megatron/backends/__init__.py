@@ -91,23 +91,40 @@ def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:
 
 
 def choose_low_latency(
-    group: dist.ProcessGroup, config: BufferConfig, backend: Backend, *, enable_shrink: bool
+    group: dist.ProcessGroup,
+    config: BufferConfig,
+    backend: Backend,
+    window_bytes: int,
+    *,
+    enable_shrink: bool,
 ) -> LowLatencyBackend:
-    """Make what a Buffer's low-latency verbs use beside `backend`. Collective; logged by rank 0."""
+    """Make what a Buffer's low-latency verbs use beside `backend`. Collective; logged by rank 0.
+
+    Args:
+        group: the ranks.
+        config: of the Buffer.
+        backend: of the Buffer.
+        window_bytes: on GPUs, what each rank's rows may take; 0 for `config.initial_bytes`.
+        enable_shrink: see `Buffer`.
+    """
     made: LowLatencyBackend
+    how = "torch.distributed"
     if backend.name == "cuda":
-        raise NotImplementedError(
-            "Buffer: expected low_latency_mode to be False with backend 'cuda', got True; the "
-            "low-latency verbs are for rows on a CPU"
-        )
-    if backend.name == "shared_memory":
+        from ep_megatron.backends.cuda import CudaBackend
+        from ep_megatron.backends.packed_cuda import PackedCuda
+
+        assert isinstance(backend, CudaBackend)
+        meeting, num_bytes = Meeting(group, config.timeout), window_bytes or config.initial_bytes
+        made = PackedCuda(meeting, backend.device, config, num_bytes, enable_shrink=enable_shrink)
+        how = "NVLink"
+    elif backend.name == "shared_memory":
         from ep_megatron.backends.packed_shared import PackedShared
 
         made = PackedShared(Meeting(group, config.timeout), config, enable_shrink)
+        how = "shared memory"
     else:
         made = PackedGroup(group, config.timeout, enable_shrink)
     if backend.rank == 0:
-        how = "shared memory" if backend.name == "shared_memory" else "torch.distributed"
         logger.info("Buffer: low-latency calls over %s", how)
     return made
 

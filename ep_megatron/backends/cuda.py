@@ -69,7 +69,7 @@ class CudaBackend:
                 f"{meeting.num_ranks}"
             )
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
-        self._device = device
+        self.device = self._device = device
         self._num_sms = min(config.num_sms, device.num_sms)
         self._meeting = DeviceMeeting(device, meeting, config.timeout, self._num_sms)
         max_bytes = config.max_bytes or _NO_LIMIT

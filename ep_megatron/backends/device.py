@@ -76,9 +76,11 @@ class Device(Protocol):
 
     Attributes:
         num_sms: streaming multiprocessors.
+        device_type: of the tensors it takes and gives, as torch names it.
     """
 
     num_sms: int
+    device_type: str
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of zeroed memory of this device."""

@@ -60,6 +60,8 @@ class GpuDevice:
         RuntimeError: no driver, no GPU, or one that the kernels are not compiled for.
     """
 
+    device_type = "cuda"
+
     def __init__(self, ordinal: int) -> None:
         self._cuda = _cuda.Device(ordinal)
         if not torch.cuda.is_available():

@@ -108,15 +108,20 @@ class LowLatencyBackend(Protocol):
 
     Sending halves come in the same order on all ranks, and at most two calls may lack their
     receiving half. A sending half does not wait for the others' sending halves of the same call.
+
+    Attributes:
+        device_type: of the tensors it takes and gives, as torch names it.
     """
 
     num_ranks: int
     rank: int
+    device_type: str
 
     def send_dispatch(self, call: LowLatencyCall, x: Tensor, topk_idx: Tensor) -> int:
         """Read `x [T, H]` and `topk_idx [T, K]`, both dense; return the call's number.
 
-        Values of `topk_idx` that cannot be raise a ValueError, on every rank.
+        Values of `topk_idx` that cannot be raise a ValueError, on every rank; here, or where a
+        kernel finds them from `receive_dispatch`.
         """
 
     def receive_dispatch(self, number: int, call: LowLatencyCall, packed: Packed) -> None:

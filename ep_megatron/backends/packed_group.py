@@ -59,6 +59,8 @@ class PackedGroup:
             only late is an error all the same: gloo closes all connections with the deadline.
     """
 
+    device_type = "cpu"
+
     def __init__(self, group: dist.ProcessGroup, timeout: float, enable_shrink: bool) -> None:
         self._timeout, self._enable_shrink = timeout, enable_shrink
         self._meeting = Meeting(group, timeout, is_private=True)

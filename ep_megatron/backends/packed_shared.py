@@ -45,6 +45,8 @@ class PackedShared:
         RuntimeError: on every rank, if one cannot make its segment.
     """
 
+    device_type = "cpu"
+
     def __init__(self, meeting: Gathering, config: BufferConfig, enable_shrink: bool) -> None:
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         prefix = f"ep_megatron.{os.geteuid()}."

@@ -78,6 +78,7 @@ class EmulatedDevice:
     """See `Device`."""
 
     num_sms = 132  # the config takes fewer
+    device_type = "cpu"
 
     def __init__(self, machine: Machine, rank: int) -> None:
         self._machine, self._rank = machine, rank

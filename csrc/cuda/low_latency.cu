@@ -1,0 +1,209 @@
+// Low-latency rows. Dispatch pushes every token, cast if asked, into the fixed slots that this rank
+// has at the experts' ranks; take packs what is in its own slots by expert, source and token.
+// Combine reads rows where their expert's rank has them and sums them, weighted. No kernel here
+// waits or raises a flag: see low_latency_flags.cu.
+//
+// Slots are [local expert, source, place]: the place is the slot's index among those of its expert
+// at the source, so no atomic hands them out and the order of rows does not depend on who is first.
+#include "cuda/packed_protocol.h"
+#include "cuda/packed_slots.cuh"
+#include "cuda/rows.cuh"
+
+namespace ep::cuda {
+namespace {
+
+/// Lane k: the k-th slot of the token, and where its row goes; null where it goes nowhere.
+__device__ __forceinline__ char* slot_of(const PackedArgs& args, int64_t token) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int expert = lane < args.num_topk ? expert_of(args, token * args.num_topk + lane) : -1;
+    const int place = place_of(args, token, expert);
+    if (expert < 0 || place >= args.max_tokens) return nullptr;  // post says so
+    const int experts_per_rank = args.num_experts / args.num_ranks;
+    const int rank = expert / experts_per_rank;
+    if (args.state->masked[rank] != 0) return nullptr;
+    const int64_t slot = first_slot(args, expert % experts_per_rank, args.rank) + place;
+    char* window = args.window[rank];
+    store_4(window + args.tags + slot * 4, static_cast<uint32_t>(token));
+    return window + args.slots + slot * args.slot_bytes;
+}
+
+/// Copy a row to every lane's target that is not null.
+__device__ __forceinline__ void push_row(const char* x, char* to, int num_bytes) {
+    constexpr int kUnroll = 4;
+    const unsigned targets = __ballot_sync(kAllLanes, to != nullptr);
+    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
+    for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
+        uint4 values[kUnroll];
+        const int at = step + lane_at;
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (at + i * kStepBytes < num_bytes) values[i] = load_16(x + at + i * kStepBytes);
+        for (unsigned left = targets; left != 0; left &= left - 1) {
+            char* row = from_lane(to, __ffs(left) - 1);
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i)
+                if (at + i * kStepBytes < num_bytes) store_16(row + at + i * kStepBytes, values[i]);
+        }
+    }
+}
+
+/// Cast a bfloat16 row to every lane's target, its scales behind it.
+__device__ __forceinline__ void push_cast_row(const PackedArgs& args, const char* x, char* to) {
+    const unsigned targets = __ballot_sync(kAllLanes, to != nullptr);
+    const int lane = threadIdx.x % kWarpSize;
+    for (int step = 0; step < args.hidden; step += kCastStep) {
+        const int column = step + lane * kCastColumns;
+        const bool is_active = column < args.hidden;
+        const CastRow cast = cast_columns<BFloat16>(x + column * 2, is_active, args.recipe);
+        for (unsigned left = targets; left != 0; left &= left - 1) {
+            char* row = from_lane(to, __ffs(left) - 1);
+            if (!is_active) continue;
+            store_16(row + column, cast.data);
+            store_scale(row + args.x_bytes, column, cast.scale, args.recipe);
+        }
+    }
+}
+
+template <class Push>
+__device__ __forceinline__ void push_tokens(const PackedArgs& args, Push push) {
+    if (args.state->broken != 0) return;
+    const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    for (int64_t token = warp; token < args.num_tokens; token += num_warps)
+        push(args.x + token * args.hidden * 2, slot_of(args, token));
+}
+
+/// A token's rows: lane k holds the address and the weight of slot k's; null where unused.
+struct Weighted {
+    const char* row;
+    float weight;
+};
+
+__device__ __forceinline__ Weighted weighted_row(const PackedArgs& args, int64_t token) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t slot = token * args.num_topk + lane;
+    const int expert = lane < args.num_topk ? expert_of(args, slot) : -1;
+    const int place = place_of(args, token, expert);
+    if (expert < 0 || args.state->begins[expert] < 0) return {nullptr, 0.0f};
+    const int experts_per_rank = args.num_experts / args.num_ranks;
+    const int rank = expert / experts_per_rank;
+    const int64_t row =
+        first_slot(args, expert % experts_per_rank, 0) + args.state->begins[expert] + place;
+    return {args.window[rank] + args.state->rows[rank] + row * args.hidden * 2, args.weights[slot]};
+}
+
+constexpr int kSumUnroll = 2;  // 16-byte pieces of a row that a lane sums at once
+
+__device__ __forceinline__ void load_pieces(const char* row,
+                                            int at,
+                                            int num_bytes,
+                                            uint4 (&bits)[kSumUnroll]) {
+#pragma unroll
+    for (int i = 0; i < kSumUnroll; ++i) {
+        bits[i] = make_uint4(0, 0, 0, 0);
+        if (at + i * kStepBytes < num_bytes) bits[i] = load_16(row + at + i * kStepBytes);
+    }
+}
+
+/// From zero, slot after slot; a product and a sum are rounded each. The next row is on its way
+/// while one is added.
+__device__ __forceinline__ void sum_weighted(const Weighted& mine, char* out, int num_bytes) {
+    const unsigned used = __ballot_sync(kAllLanes, mine.row != nullptr);
+    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
+    for (int step = 0; step < num_bytes; step += kSumUnroll * kStepBytes) {
+        const int at = step + lane_at;
+        Lanes<BFloat16> total[kSumUnroll];
+#pragma unroll
+        for (int i = 0; i < kSumUnroll; ++i) total[i].set(make_uint4(0, 0, 0, 0));
+        uint4 next[kSumUnroll];
+        if (used != 0) load_pieces(from_lane(mine.row, __ffs(used) - 1), at, num_bytes, next);
+        for (unsigned left = used; left != 0; left &= left - 1) {
+            const float weight = from_lane(mine.weight, __ffs(left) - 1);
+            Lanes<BFloat16> row[kSumUnroll];
+#pragma unroll
+            for (int i = 0; i < kSumUnroll; ++i) row[i].set(next[i]);
+            const unsigned behind = left & (left - 1);
+            if (behind != 0)
+                load_pieces(from_lane(mine.row, __ffs(behind) - 1), at, num_bytes, next);
+#pragma unroll
+            for (int i = 0; i < kSumUnroll; ++i)
+#pragma unroll
+                for (int j = 0; j < BFloat16::kLanes; ++j)
+                    total[i].lane[j] =
+                        __fadd_rn(total[i].lane[j], __fmul_rn(row[i].lane[j], weight));
+        }
+#pragma unroll
+        for (int i = 0; i < kSumUnroll; ++i)
+            if (at + i * kStepBytes < num_bytes)
+                store_16(out + at + i * kStepBytes, total[i].round());
+    }
+}
+
+}  // namespace
+
+#define EP_ROW_KERNEL extern "C" __global__ void __launch_bounds__(kRowWarps* kWarpSize)
+
+EP_ROW_KERNEL ep_packed_push_kernel(const __grid_constant__ PackedArgs args) {
+    push_tokens(args, [&](const char* x, char* to) { push_row(x, to, args.x_bytes); });
+}
+
+EP_ROW_KERNEL ep_packed_push_cast_kernel(const __grid_constant__ PackedArgs args) {
+    push_tokens(args, [&](const char* x, char* to) { push_cast_row(args, x, to); });
+}
+
+/// What arrived in this rank's slots, packed by local expert, source and place.
+EP_ROW_KERNEL ep_packed_take_kernel(const __grid_constant__ PackedArgs args) {
+    const PackedState& state = *args.state;
+    if (state.status != kPackedAgreed) return;
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t capacity = static_cast<int64_t>(args.num_ranks) * args.max_tokens;
+    const char* window = args.window[args.rank];
+    const int num_words = args.scale_bytes / 4;
+    for_rows(
+        args, [&](int pair) { return state.counts[pair]; },
+        [&](int pair, int i) {
+            const int64_t slot = static_cast<int64_t>(pair) * args.max_tokens + i;
+            const int64_t local = pair / args.num_ranks, row = state.begins[pair] + i;
+            const char* from = window + args.slots + slot * args.slot_bytes;
+            copy_whole_row(from, args.out + (local * capacity + row) * args.x_bytes, args.x_bytes);
+            if (lane == 0)
+                args.out_tokens[local * capacity + row] =
+                    reinterpret_cast<const int32_t*>(window + args.tags)[slot];
+            for (int word = lane; word < num_words; word += kWarpSize)
+                store_4(args.out_scales + ((local * num_words + word) * capacity + row) * 4,
+                        *reinterpret_cast<const uint32_t*>(from + args.x_bytes + word * 4));
+        });
+}
+
+/// Rows of a combine that are not in the window yet, to the same places there.
+EP_ROW_KERNEL ep_packed_stage_kernel(const __grid_constant__ PackedArgs args) {
+    if (args.state->broken != 0) return;
+    const int64_t capacity = static_cast<int64_t>(args.num_ranks) * args.max_tokens;
+    const int row_bytes = args.hidden * 2;
+    char* to = args.window[args.rank] + args.head.rows;
+    for_rows(
+        args,
+        [&](int pair) {
+            const int64_t range = args.layout_range[pair];
+            const int64_t begin = range >> 32, count = range & 0xffffffff;
+            const bool is_inside =
+                begin >= 0 && count <= args.max_tokens && begin + count <= capacity;
+            return is_inside ? static_cast<int>(count) : 0;  // post says so
+        },
+        [&](int pair, int i) {
+            const int64_t row =
+                pair / args.num_ranks * capacity + (args.layout_range[pair] >> 32) + i;
+            copy_whole_row(args.x + row * row_bytes, to + row * row_bytes, row_bytes);
+        });
+}
+
+EP_ROW_KERNEL ep_packed_sum_kernel(const __grid_constant__ PackedArgs args) {
+    if (args.state->status != kPackedAgreed) return;
+    const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    const int row_bytes = args.hidden * 2;
+    for (int64_t token = warp; token < args.num_tokens; token += num_warps)
+        sum_weighted(weighted_row(args, token), args.out + token * row_bytes, row_bytes);
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,314 @@
+// Flags of low-latency calls, one block each. Sending: begin waits until nobody reads what will be
+// overwritten, post tells all ranks what was sent. Receiving: meet waits for the posts and works
+// out where rows are, finish says that they have been read and tells the host. Between them run the
+// kernels of low_latency.cu, which neither wait nor raise a flag: what earlier kernels of this
+// stream wrote happens before a later one's flag.
+//
+// Who writes, who reads: see PackedControl in packed_protocol.h.
+#include "cuda/packed_protocol.h"
+#include "cuda/packed_slots.cuh"
+#include "cuda/ptx.cuh"
+
+namespace ep::cuda {
+namespace {
+
+constexpr int kMeetWarps = kMeetThreads / kWarpSize;
+
+enum class Outcome { kCame, kMasked, kLate };
+
+__device__ __forceinline__ bool is_masked(const PackedArgs& args, int peer) {
+    return args.state->masked[peer] != 0 ||
+           load_acquire_system(&args.control[args.rank]->masked_by[peer]) != 0;
+}
+
+/// Wait for a peer's flag, unless it is masked, or masks this rank meanwhile.
+__device__ __forceinline__ Outcome wait_for_peer(const PackedArgs& args,
+                                                 const uint32_t* flag,
+                                                 uint32_t epoch,
+                                                 int peer) {
+    if (is_masked(args, peer)) return Outcome::kMasked;
+    const uint32_t* masked_by = &args.control[args.rank]->masked_by[peer];
+    const uint64_t start = now_nanoseconds();
+    do {
+        if (static_cast<int32_t>(load_acquire_system(flag) - epoch) >= 0) return Outcome::kCame;
+        if (load_acquire_system(masked_by) != 0) return Outcome::kMasked;
+    } while (now_nanoseconds() - start < args.timeout_ns);
+    return Outcome::kLate;
+}
+
+/// Mask a rank that is late, or note that this Buffer cannot go on. Peers' memory first: the masked
+/// rank must know before anything that it may read is overwritten by later kernels.
+__device__ __forceinline__ void lose(const PackedArgs& args, int peer) {
+    if (args.masks_late) {
+        args.state->masked[peer] = 1;
+        store_release_system(&args.control[peer]->masked_by[args.rank], 1);
+    } else {
+        args.state->late[peer] = 1;
+    }
+}
+
+/// Note a call's end for good if one of the block's threads says so. All threads take part.
+__device__ __forceinline__ bool is_broken(const PackedArgs& args, bool is_late) {
+    const bool is_any_late = __syncthreads_or(is_late && !args.masks_late);
+    if (is_any_late && threadIdx.x == 0) args.state->broken = args.epoch;
+    return is_any_late;
+}
+
+constexpr uint32_t kNone = 0xffffffffu;
+
+/// The least of all threads' numbers. All threads of the block take part.
+__device__ __forceinline__ uint32_t least(uint32_t mine, uint32_t* by_warp) {
+    const uint32_t of_warp = __reduce_min_sync(kAllLanes, mine);
+    __syncthreads();  // the last answer has been read
+    if (threadIdx.x % kWarpSize == 0) by_warp[threadIdx.x / kWarpSize] = of_warp;
+    __syncthreads();
+    return __reduce_min_sync(kAllLanes, by_warp[threadIdx.x % kWarpSize]);
+}
+
+__device__ __forceinline__ int64_t index_at(const PackedArgs& args, int64_t slot) {
+    return args.is_int64 ? static_cast<const int64_t*>(args.topk_idx)[slot]
+                         : static_cast<const int32_t*>(args.topk_idx)[slot];
+}
+
+/// What is wrong with the first slot that holds no expert and not -1, the first expert that is
+/// named too often, or the first entry of the layout that cannot be. All threads take part.
+__device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
+                                                  const int32_t* counts,
+                                                  uint32_t* by_warp,
+                                                  PackedHead& head) {
+    const int thread = threadIdx.x;
+    const int64_t num_slots = args.num_tokens * args.num_topk;
+    uint32_t bad = kNone;
+    for (int64_t slot = thread; slot < num_slots; slot += kMeetThreads) {
+        const int64_t expert = index_at(args, slot);
+        if (expert < -1 || expert >= args.num_experts) bad = min(bad, static_cast<uint32_t>(slot));
+    }
+    const uint32_t bad_slot = least(bad, by_warp);
+    int64_t range = 0;  // first row and rows, of expert (dispatch) or layout entry `thread`
+    if (thread < args.num_experts)
+        range = args.operation == kPackedCombine ? args.layout_range[thread] : counts[thread];
+    const int64_t begin = range >> 32, count = range & 0xffffffff;
+    const bool is_inside = begin >= 0 && count <= args.max_tokens &&
+                           begin + count <= static_cast<int64_t>(args.num_ranks) * args.max_tokens;
+    const uint32_t bad_range = least(is_inside ? kNone : static_cast<uint32_t>(thread), by_warp);
+    if (bad_slot != kNone) {
+        if (thread != 0) return;
+        head.kind = kPackedBadIndex;
+        head.error_at = bad_slot / args.num_topk;
+        head.error_value = index_at(args, bad_slot);
+    } else if (bad_range == static_cast<uint32_t>(thread)) {
+        head.kind = args.operation == kPackedCombine ? kPackedBadRange : kPackedTooMany;
+        head.error_at = thread;
+        head.error_value = range;
+    }
+}
+
+/// A warp per peer copies the head and the peer's numbers, and raises the flag; to masked ranks
+/// too, which are then at the same call when they are taken back.
+__device__ __forceinline__ void push_posts(const PackedArgs& args,
+                                           const PackedHead& head,
+                                           const int32_t* counts) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int local = args.num_experts / args.num_ranks;
+    for (int i = threadIdx.x / kWarpSize; i < args.num_ranks; i += kMeetWarps) {
+        // Each rank begins with its neighbour, so that not all write to rank 0 first.
+        const int peer = (args.rank + 1 + i) % args.num_ranks;
+        PackedControl* there = args.control[peer];
+        PackedPost& post = there->posts[args.epoch % 2][args.rank];
+        for (int word = lane; word < static_cast<int>(sizeof(PackedHead) / 16); word += kWarpSize)
+            reinterpret_cast<uint4*>(&post.head)[word] =
+                reinterpret_cast<const uint4*>(&head)[word];
+        if (head.kind == kPackedTakesPart && args.operation != kPackedNothing)
+            for (int expert = lane; expert < local; expert += kWarpSize) {
+                if (args.operation == kPackedDispatch) {
+                    post.numbers[expert] = counts[peer * local + expert];
+                    continue;
+                }
+                const int64_t range = args.layout_range[expert * args.num_ranks + peer];
+                post.numbers[2 * expert] = static_cast<int32_t>(range >> 32);
+                post.numbers[2 * expert + 1] = static_cast<int32_t>(range);
+            }
+        __syncwarp();  // all lanes' words before lane 0's flag
+        if (lane == 0) store_release_system(&there->sent[args.rank], args.epoch);
+    }
+}
+
+/// Each expert's slots here, a warp per expert. All threads take part.
+__device__ __forceinline__ void count_slots(const PackedArgs& args, int32_t* counts) {
+    for (int expert = threadIdx.x / kWarpSize; expert < args.num_experts; expert += kMeetWarps) {
+        const int count = count_of(args, expert);
+        if (threadIdx.x % kWarpSize == 0) counts[expert] = count;
+    }
+    __syncthreads();
+}
+
+/// From the posts of a dispatch: where each block of rows starts, for take and for the caller.
+/// Thread i does block i: the rows of rank i % R for local expert i / R.
+__device__ __forceinline__ void lay_out(const PackedArgs& args,
+                                        const PackedPost* posts,
+                                        const uint32_t* is_there) {
+    const int block = threadIdx.x;
+    if (block >= args.num_experts) return;
+    const int local = block / args.num_ranks, source = block % args.num_ranks;
+    int begin = 0, count = 0;
+    for (int rank = 0; rank <= source; ++rank) {
+        begin += count;
+        count = is_there[rank] ? posts[rank].numbers[local] : 0;
+    }
+    args.state->begins[block] = begin;
+    args.state->counts[block] = count;
+    args.layout_range[block] = static_cast<int64_t>(begin) << 32 | count;
+    if (source == args.num_ranks - 1) args.out_count[local] = begin + count;
+}
+
+/// From the posts of a combine: where this rank's rows of each expert are. Returns whether rank
+/// `threadIdx.x` has as many as there are slots here. All threads take part.
+__device__ __forceinline__ bool look_up(const PackedArgs& args,
+                                        const PackedPost* posts,
+                                        const uint32_t* is_there,
+                                        int32_t* counts) {
+    const int thread = threadIdx.x, local = args.num_experts / args.num_ranks;
+    count_slots(args, counts);
+    if (thread < args.num_experts) {
+        const int rank = thread / local;
+        const int32_t* numbers = posts[rank].numbers + 2 * (thread % local);
+        args.state->begins[thread] = is_there[rank] ? numbers[0] : -1;
+        counts[thread] = is_there[rank] ? counts[thread] - numbers[1] : 0;  // too many here
+    }
+    __syncthreads();
+    if (thread >= args.num_ranks || !is_there[thread]) return true;
+    args.state->rows[thread] = posts[thread].head.rows;
+    bool is_same = true;
+    for (int expert = 0; expert < local; ++expert)
+        is_same = is_same && counts[thread * local + expert] == 0;
+    return is_same;
+}
+
+__device__ __forceinline__ bool agrees(const PackedHead& head, const PackedHead& own) {
+    bool is_same = head.kind == kPackedTakesPart;
+    for (int i = 0; i < kNumPackedFields; ++i) is_same = is_same && head.call[i] == own.call[i];
+    return is_same;
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kMaskThreads)
+    ep_packed_begin_kernel(const __grid_constant__ PackedArgs args) {
+    if (args.state->broken != 0) return;
+    const int peer = threadIdx.x;
+    bool is_late = false;
+    if (peer < args.num_ranks) {
+        const uint32_t* done = &args.control[args.rank]->done[args.epoch % 2][peer];
+        is_late = wait_for_peer(args, done, args.epoch - 2, peer) == Outcome::kLate;
+        if (is_late) lose(args, peer);
+    }
+    is_broken(args, is_late);
+}
+
+extern "C" __global__ void __launch_bounds__(kMeetThreads)
+    ep_packed_post_kernel(const __grid_constant__ PackedArgs args) {
+    __shared__ PackedHead head;
+    __shared__ int32_t counts[kMaxExperts];
+    __shared__ uint32_t by_warp[kMeetWarps];
+    if (args.state->broken != 0) return;
+    const int thread = threadIdx.x;
+    if (thread < static_cast<int>(sizeof(PackedHead) / 16))
+        reinterpret_cast<uint4*>(&head)[thread] =
+            reinterpret_cast<const uint4*>(&args.head)[thread];
+    if (args.operation == kPackedDispatch) count_slots(args, counts);
+    __syncthreads();
+    if (args.operation != kPackedNothing) refuse_bad_values(args, counts, by_warp, head);
+    __syncthreads();
+    push_posts(args, head, counts);
+}
+
+extern "C" __global__ void __launch_bounds__(kMeetThreads)
+    ep_packed_meet_kernel(const __grid_constant__ PackedArgs args) {
+    __shared__ uint32_t is_there[kMaxRanks];
+    __shared__ int32_t counts[kMaxExperts];
+    const int thread = threadIdx.x;
+    PackedState& state = *args.state;
+    const bool was_broken = state.broken != 0;
+    bool is_late = false;
+    if (thread < args.num_ranks) {
+        const uint64_t start = now_nanoseconds();
+        Outcome outcome = Outcome::kMasked;
+        const uint32_t* sent = &args.control[args.rank]->sent[thread];
+        if (!was_broken) outcome = wait_for_peer(args, sent, args.epoch, thread);
+        is_late = outcome == Outcome::kLate;
+        if (is_late) lose(args, thread);
+        is_there[thread] = outcome == Outcome::kCame;
+        state.is_there[thread] = outcome == Outcome::kCame;
+        args.report->is_there[thread] = outcome == Outcome::kCame;
+        args.report->waited[thread] = thread == args.rank ? 0 : now_nanoseconds() - start;
+        args.report->other_routing[thread] = 0;
+    }
+    // From here on every thread sees every post of a rank that is there.
+    if (is_broken(args, is_late) || was_broken) {
+        if (thread == 0) state.status = kPackedTimedOut;
+        return;
+    }
+    const PackedPost* posts = args.control[args.rank]->posts[args.epoch % 2];
+    const bool is_agreed = __syncthreads_and(thread >= args.num_ranks || !is_there[thread] ||
+                                             agrees(posts[thread].head, posts[args.rank].head));
+    const int words_per_head = sizeof(PackedHead) / 16;
+    for (int i = thread; i < args.num_ranks * words_per_head; i += kMeetThreads)
+        if (is_there[i / words_per_head])
+            reinterpret_cast<uint4*>(args.report->heads)[i] =
+                reinterpret_cast<const uint4*>(&posts[i / words_per_head].head)[i % words_per_head];
+    bool is_same = true;
+    if (is_agreed && args.operation == kPackedDispatch) lay_out(args, posts, is_there);
+    if (is_agreed && args.operation == kPackedCombine) {
+        is_same = look_up(args, posts, is_there, counts);
+        if (!is_same) args.report->other_routing[thread] = 1;
+    }
+    is_same = __syncthreads_and(is_same);
+    if (thread == 0)
+        state.status = !is_agreed ? kPackedDisagreed
+                       : is_same  ? kPackedAgreed
+                                  : kPackedOtherRouting;
+}
+
+extern "C" __global__ void __launch_bounds__(kMaskThreads)
+    ep_packed_finish_kernel(const __grid_constant__ PackedArgs args) {
+    const int peer = threadIdx.x;
+    const bool is_rank = peer < args.num_ranks;
+    const PackedState& state = *args.state;
+    const bool is_over = state.broken != 0;
+    const PackedControl* own = args.control[args.rank];
+    // What the kernels before have read of a rank that has masked this one may be another call's.
+    bool is_stale = false;
+    if (is_rank && !args.is_alone && !is_over && state.is_there[peer])
+        is_stale = load_acquire_system(&own->masked_by[peer]) != 0;
+    const bool reads_again = __syncthreads_or(is_stale);
+    if (is_rank) {
+        args.report->masked[peer] = is_masked(args, peer);
+        args.report->late[peer] = state.late[peer];
+        if (!reads_again && !is_over)
+            store_release_system(&args.control[peer]->done[args.epoch % 2][args.rank], args.epoch);
+    }
+    if (peer == 0)
+        args.report->status = is_over ? kPackedTimedOut : reads_again ? kPackedAgain : state.status;
+    __syncthreads();  // all threads' part of the report before its ticket
+    if (peer == 0) store_release_system(&args.report->ticket, args.ticket);
+}
+
+/// Mask a rank or take it back; tell the host who is masked.
+extern "C" __global__ void __launch_bounds__(kMaskThreads)
+    ep_packed_mask_kernel(const __grid_constant__ PackedArgs args) {
+    const int peer = threadIdx.x;
+    if (peer < args.num_ranks) {
+        if (peer == args.mask_rank && peer != args.rank) {
+            args.state->masked[peer] = static_cast<uint32_t>(args.mask_value);
+            store_release_system(&args.control[peer]->masked_by[args.rank],
+                                 static_cast<uint32_t>(args.mask_value));
+            if (args.mask_value == 0)
+                store_release_system(&args.control[args.rank]->masked_by[peer], 0);
+        }
+        args.report->masked[peer] = is_masked(args, peer);
+    }
+    __syncthreads();  // all threads' part of the report before its ticket
+    if (peer == 0) store_release_system(&args.report->ticket, args.ticket);
+}
+
+}  // namespace ep::cuda

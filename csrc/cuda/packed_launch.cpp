@@ -1,0 +1,101 @@
+#include "cuda/packed_launch.h"
+
+#include <algorithm>
+
+#include "cuda/plan_checks.h"
+
+namespace ep::cuda {
+namespace {
+
+constexpr const char* kNames[] = {"begin", "push", "stage",  "post", "meet",
+                                  "take",  "sum",  "finish", "mask"};
+
+void check_sizes(const char* operation, const PackedArgs& args) {
+    require_range(operation, "num_experts", args.num_experts, args.num_ranks, kMaxExperts);
+    require_multiple(operation, "num_experts", args.num_experts, args.num_ranks);
+    require_range(operation, "the tokens of a rank", args.max_tokens, 1,
+                  kMaxSlots / args.num_ranks);
+    require_range(operation, "hidden", args.hidden, 128, kMaxHidden);
+    require_multiple(operation, "hidden", args.hidden, 128);
+    require_range(operation, "num_tokens", args.num_tokens, 0, args.max_tokens);
+    require_range(operation, "the columns of topk_idx", args.num_topk, 1, kMaxTopk);
+    require_range(operation, "the slots of topk_idx", args.num_tokens * args.num_topk, 0,
+                  kMaxSlots);
+    require_aligned(operation, "the address of x", args.x, 16);
+    require_aligned(operation, "the address of the result", args.out, 16);
+}
+
+/// Whether the rows of a dispatch are cast.
+bool check_slots(const char* operation, const PackedArgs& args) {
+    const bool is_cast = args.scale_bytes != 0;
+    require(args.x_bytes == (is_cast ? 1 : 2) * args.hidden, operation, "the bytes of a row",
+            text((is_cast ? 1 : 2) * args.hidden), args.x_bytes);
+    require_multiple(operation, "the bytes of a row's scales", args.scale_bytes, 4);
+    require(args.slot_bytes == (args.x_bytes + args.scale_bytes + 15) / 16 * 16, operation,
+            "the bytes of a slot", text((args.x_bytes + args.scale_bytes + 15) / 16 * 16),
+            args.slot_bytes);
+    const int64_t slots = static_cast<int64_t>(args.num_experts) * args.max_tokens;
+    require_multiple(operation, "where slots are", static_cast<int64_t>(args.slots), 16);
+    require_range(operation, "where slots end",
+                  static_cast<int64_t>(args.slots) + slots * args.slot_bytes, 0,
+                  static_cast<int64_t>(args.tags));
+    require_range(operation, "where the tags of slots end",
+                  static_cast<int64_t>(args.tags) + 4 * slots, 0,
+                  static_cast<int64_t>(args.window_bytes));
+    if (!is_cast) return false;
+    const bool is_packed = args.recipe.scale_format == kPackedScales;
+    require(args.recipe.lanes_per_block == 128 / kCastColumns, operation, "the columns of a block",
+            "128", args.recipe.lanes_per_block * kCastColumns);
+    require(args.scale_bytes == args.hidden / 128 * (is_packed ? 1 : 4), operation,
+            "the bytes of a row's scales", text(args.hidden / 128 * (is_packed ? 1 : 4)),
+            args.scale_bytes);
+    return true;
+}
+
+void check_rows_inside(const char* operation, const PackedArgs& args) {
+    const int64_t rows = static_cast<int64_t>(args.num_experts) * args.max_tokens;
+    require_multiple(operation, "where rows are", static_cast<int64_t>(args.head.rows), 16);
+    require_range(operation, "where rows end",
+                  static_cast<int64_t>(args.head.rows) + rows * args.hidden * 2, 0,
+                  static_cast<int64_t>(args.window_bytes));
+}
+
+unsigned blocks_for(int64_t num_rows, int num_sms) {
+    const int64_t wanted = (num_rows + kRowWarps - 1) / kRowWarps;
+    return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, num_sms));
+}
+
+}  // namespace
+
+Launch plan_packed(PackedStep step, const PackedArgs& args, int num_sms) {
+    const std::string name = text("low-latency ", kNames[static_cast<int>(step)]);
+    const char* operation = name.c_str();
+    require_range(operation, "the number of ranks", args.num_ranks, 1, kMaxRanks);
+    require_range(operation, "rank", args.rank, 0, args.num_ranks - 1);
+    require_range(operation, "the SMs", num_sms, 1, 1024);
+    require(step != PackedStep::kMask || args.mask_rank < args.num_ranks, operation,
+            "the rank to mask", text("below ", args.num_ranks), args.mask_rank);
+    const bool has_sizes = args.operation != kPackedNothing;
+    std::string kernel = text("ep_packed_", kNames[static_cast<int>(step)], "_kernel");
+    unsigned grid = 1, block = kMaskThreads;
+    if (step == PackedStep::kPost || step == PackedStep::kMeet) {
+        if (has_sizes) check_sizes(operation, args);
+        block = kMeetThreads;
+    } else if (step == PackedStep::kPush || step == PackedStep::kTake ||
+               step == PackedStep::kStage || step == PackedStep::kSum) {
+        check_sizes(operation, args);
+        block = kRowWarps * kWarpSize;
+        const bool is_by_token = step == PackedStep::kPush || step == PackedStep::kSum;
+        grid = blocks_for(is_by_token ? args.num_tokens
+                                      : static_cast<int64_t>(args.num_experts) * args.max_tokens,
+                          num_sms);
+        if (step == PackedStep::kStage) check_rows_inside(operation, args);
+        if ((step == PackedStep::kPush || step == PackedStep::kTake) &&
+            check_slots(operation, args) && step == PackedStep::kPush)
+            kernel = "ep_packed_push_cast_kernel";
+    }
+    return {std::move(kernel), grid, block, 0,
+            std::string(reinterpret_cast<const char*>(&args), sizeof args)};
+}
+
+}  // namespace ep::cuda

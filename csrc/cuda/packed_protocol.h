@@ -1,0 +1,140 @@
+#pragma once
+// What ranks tell each other in low-latency calls on GPUs. Read by host and device.
+//
+// The protocol is that of csrc/cpu/packed_meeting.h, with rows pushed instead of pulled in
+// dispatch. Calls of a group are numbered 1, 2, 3 ... In its *sending half* a rank writes rows into
+// the fixed slots that it has at every peer, then its post, and raises `sent` there; it waits for
+// nobody who takes part in the same call. In its *receiving half* it waits for its peers' `sent`,
+// takes what is in its slots (dispatch) or reads rows where the peers have them (combine), and
+// raises `done`. Slots and posts have two places, taken in turn: a rank writes those of call n only
+// after every peer is done with call n-2. So two calls may be under way, and their receiving halves
+// may come in either order.
+//
+// A masked rank is neither waited for nor read from. Who masks says so in the masked rank's memory
+// *before* it overwrites anything that rank may still read; a reader looks there after it has read,
+// and reads again without those who have masked it.
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/protocol.h"
+
+namespace ep::cuda {
+
+constexpr int kNumPackedFields = 8;
+constexpr int kMeetThreads = 1024;  // one per expert: one block of post and meet
+constexpr int kMaskThreads = 96;    // one per rank: one block of begin, finish and mask
+
+/// Why a rank may not go on with a low-latency call.
+enum PackedKind : uint32_t {
+    kPackedTakesPart,
+    kPackedBadArguments,  // `error` says which
+    kPackedBadIndex,      // topk_idx holds `error_value` for token `error_at`
+    kPackedTooMany,       // expert `error_at` is named `error_value` times
+    kPackedBadRange,      // an entry of the handle's layout_range is `error_value`
+};
+
+/// One rank's word on one call, to one peer.
+struct alignas(16) PackedHead {
+    int64_t call[kNumPackedFields];
+    uint32_t kind;  // PackedKind
+    uint32_t epoch;
+    int64_t error_value;
+    int64_t error_at;
+    uint64_t rows;  // combine: where its rows are, in bytes from the start of its window
+    char error[kErrorBytes];
+};
+
+struct alignas(16) PackedPost {
+    PackedHead head;
+    // Dispatch: rows for each of the peer's local experts. Combine: for each of the sender's local
+    // experts, the first of the peer's rows and their number.
+    int32_t numbers[2 * kMaxExperts];
+};
+
+/// The part of a rank's memory that its peers' flag kernels write. Zeroed once. Flags are written
+/// by one rank each (release, system scope), read by the owner (acquire, system scope), and only
+/// grow; `masked_by` goes both ways.
+struct alignas(16) PackedControl {
+    uint32_t sent[kMaxRanks];       // by source rank: its last call whose rows are here
+    uint32_t done[2][kMaxRanks];    // by call number modulo 2 and reading rank
+    uint32_t masked_by[kMaxRanks];  // whether that rank has masked the owner
+    PackedPost posts[2][kMaxRanks];
+};
+
+enum PackedStatus : uint32_t {
+    kPackedAgreed = 1,
+    kPackedDisagreed,
+    kPackedOtherRouting,  // a combine whose topk_idx is not that of the dispatch
+    kPackedTimedOut,
+    kPackedAgain,  // a rank has masked this one: its rows must not be used
+};
+
+/// This rank's own device memory, written by its kernels one after the other.
+struct alignas(16) PackedState {
+    uint32_t masked[kMaxRanks];
+    uint32_t late[kMaxRanks];  // who did not come, where that is an error
+    uint32_t broken;           // the call in which ranks were late, for good; 0: none
+    uint32_t status;           // PackedStatus of the receiving half that meet has begun
+    uint32_t is_there[kMaxRanks];
+    uint64_t rows[kMaxRanks];     // combine: as the posts say
+    int32_t begins[kMaxExperts];  // dispatch: [L, R] first row of a block; combine: [E], or -1
+    int32_t counts[kMaxExperts];  // dispatch: [L, R] rows
+};
+
+/// Mapped host memory: what a receiving half, or a mask, tells the host.
+struct alignas(16) PackedReport {
+    uint32_t ticket;  // written last (release, system scope): the rest is of this launch
+    uint32_t status;  // PackedStatus
+    uint32_t is_there[kMaxRanks];
+    uint32_t late[kMaxRanks];
+    uint32_t masked[kMaxRanks];
+    uint32_t other_routing[kMaxRanks];
+    uint64_t waited[kMaxRanks];  // nanoseconds
+    PackedHead heads[kMaxRanks];
+};
+
+/// Arguments of all low-latency kernels. T tokens, K slots, E experts, R ranks, L = E/R, C the most
+/// tokens of a rank, H hidden. Each kernel reads what it needs; the rest is zero.
+struct PackedArgs {
+    PackedControl* control[kMaxRanks];
+    char* window[kMaxRanks];  // rows of every rank
+    PackedState* state;
+    PackedReport* report;
+    uint64_t timeout_ns;
+    uint64_t window_bytes;
+    uint64_t slots;  // of this call in every window: rows [L, R, C, slot_bytes]
+    uint64_t tags;   // likewise: int32 [L, R, C], the token's index at its source
+    int32_t rank;
+    int32_t num_ranks;
+    uint32_t epoch;
+    uint32_t ticket;
+    int32_t masks_late;  // whether a late rank is masked; else it is an error
+    int32_t operation;   // PackedOperation
+    int32_t num_experts;
+    int32_t max_tokens;  // C
+    int32_t hidden;
+    int32_t x_bytes;      // of a row as it travels
+    int32_t scale_bytes;  // of its scales, a multiple of 4; 0 for none
+    int32_t slot_bytes;   // both, rounded up to 16
+    CastRecipe recipe;
+    int32_t num_topk;
+    int64_t num_tokens;  // T
+    const void* topk_idx;
+    int32_t is_int64;
+    int32_t mask_rank;   // mask: whom, or -1 to ask only
+    int32_t mask_value;  // mask: 0 or 1
+    int32_t is_alone;    // finish: without meet, by a rank that does not take part
+    const char* x;       // dispatch [T, H], combine [L, R * C, H] bfloat16
+    const float* weights;
+    // What dispatch brings; combine reads layout_range.
+    char* out;              // [L, R * C, x_bytes]; combine: [T, H]
+    char* out_scales;       // [L, scale_bytes / 4, R * C] words
+    int32_t* out_tokens;    // [L, R * C]
+    int32_t* out_count;     // [L]
+    int64_t* layout_range;  // [L, R]
+    PackedHead head;
+};
+
+enum PackedOperation : int32_t { kPackedDispatch, kPackedCombine, kPackedNothing };
+
+}  // namespace ep::cuda

@@ -1,0 +1,82 @@
+#pragma once
+// The token slots of a low-latency call as a warp sees them. The place of a slot among those of its
+// expert is counted again wherever it is needed: for the few tokens of these calls that costs less
+// than a kernel, or a barrier, between those who count and those who read.
+#include "cuda/packed_protocol.h"
+#include "cuda/rows.cuh"
+
+namespace ep::cuda {
+
+/// The expert of a slot; -1 where unused, out of range, or past the end.
+__device__ __forceinline__ int expert_of(const PackedArgs& args, int64_t slot) {
+    if (slot >= args.num_tokens * args.num_topk) return -1;
+    const int64_t expert = args.is_int64 ? static_cast<const int64_t*>(args.topk_idx)[slot]
+                                         : static_cast<const int32_t*>(args.topk_idx)[slot];
+    return expert < 0 || expert >= args.num_experts ? -1 : static_cast<int>(expert);
+}
+
+/// Lane k: how many slots before slot k of the token have its expert. All lanes take part.
+__device__ __forceinline__ int place_of(const PackedArgs& args, int64_t token, int expert) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t first = token * args.num_topk;
+    int place = 0;
+    for (int64_t base = 0; base < first + args.num_topk; base += kWarpSize) {
+        const int64_t slot = base + lane;
+        const int other = slot < first + args.num_topk ? expert_of(args, slot) : -1;
+        for (int k = 0; k < args.num_topk; ++k) {
+            const int wanted = from_lane(expert, k);
+            const unsigned same = __ballot_sync(kAllLanes, other == wanted && slot < first + k);
+            if (lane == k) place += __popc(same);
+        }
+    }
+    return place;
+}
+
+/// How many slots have an expert. All lanes of a warp take part and get the answer.
+__device__ __forceinline__ int count_of(const PackedArgs& args, int expert) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t num_slots = args.num_tokens * args.num_topk;
+    int count = 0;
+    for (int64_t base = 0; base < num_slots; base += kWarpSize)
+        count += __popc(__ballot_sync(kAllLanes, expert_of(args, base + lane) == expert));
+    return count;
+}
+
+/// Row 0 of the block that a source has at a local expert, in slots.
+__device__ __forceinline__ int64_t first_slot(const PackedArgs& args, int local, int source) {
+    return (static_cast<int64_t>(local) * args.num_ranks + source) * args.max_tokens;
+}
+
+/// Call `row(pair, i)` for the rows i of every block, a warp per row, rows in turn; a block is a
+/// (local expert, rank) pair with `count(pair)` rows.
+template <class Count, class Row>
+__device__ __forceinline__ void for_rows(const PackedArgs& args, Count count, Row row) {
+    const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    int64_t before = 0;  // rows of the blocks before, modulo the warps
+    for (int pair = 0; pair < args.num_experts; ++pair) {
+        const int rows = count(pair);
+        int64_t first = warp - before;
+        if (first < 0) first += num_warps;
+        for (int64_t i = first; i < rows; i += num_warps) row(pair, static_cast<int>(i));
+        before = (before + rows) % num_warps;
+    }
+}
+
+/// Copy `num_bytes` (a multiple of 16) by a warp.
+__device__ __forceinline__ void copy_whole_row(const char* from, char* to, int num_bytes) {
+    constexpr int kUnroll = 4;
+    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
+    for (int step = lane_at; step < num_bytes; step += kUnroll * kStepBytes) {
+        uint4 values[kUnroll];
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (step + i * kStepBytes < num_bytes)
+                values[i] = load_16(from + step + i * kStepBytes);
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (step + i * kStepBytes < num_bytes) store_16(to + step + i * kStepBytes, values[i]);
+    }
+}
+
+}  // namespace ep::cuda

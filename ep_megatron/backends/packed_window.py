@@ -1,0 +1,121 @@
+"""Where the rows of low-latency calls are in the memory that each GPU shows its peers.
+
+A window has four places of one size: slots for two calls, taken in turn, and rows of two combines.
+E experts, C the most tokens of a rank, H hidden.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ep_megatron.backends.packed import DISPATCH, LowLatencyCall
+
+NUM_PLACES = 4
+_ALIGNMENT = 256
+_NEVER = -2  # the call that used a place last, before any has
+
+
+@dataclass(frozen=True)
+class SlotBytes:
+    """Bytes of a row as it travels, of its scales, and of both with what aligns them."""
+
+    x: int
+    scales: int
+    slot: int
+
+    @staticmethod
+    def of(call: LowLatencyCall) -> "SlotBytes":
+        """Return those of a dispatch."""
+        x, scales = 2 * call.hidden, 0
+        if call.recipe is not None:
+            x = call.hidden
+            scales = call.recipe.num_scales(call.hidden) * call.recipe.scale_dtype.itemsize
+        return SlotBytes(x, scales, (x + scales + 15) // 16 * 16)
+
+
+@dataclass(eq=False)
+class Place:
+    """Rows of a combine.
+
+    Attributes:
+        offset: from the window's start.
+        last_call: whose rows were there last.
+    """
+
+    offset: int
+    last_call: int = _NEVER
+
+
+class Window:
+    """Which place is whose; the same sizes on all ranks.
+
+    Args:
+        num_bytes: of the whole; what DeepEP's size hint says is enough.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.place_bytes = num_bytes // NUM_PLACES // _ALIGNMENT * _ALIGNMENT
+        self.num_bytes = NUM_PLACES * self.place_bytes
+        self._places = [Place(2 * self.place_bytes), Place(3 * self.place_bytes)]
+        self._next: tuple[Place, Tensor] | None = None
+        self._taken: dict[int, Place] = {}  # by address, until their combine is sent
+
+    def slots_at(self, epoch: int) -> int:
+        """Return where the slots of a call begin."""
+        return epoch % 2 * self.place_bytes
+
+    def tags_at(self, epoch: int, call: LowLatencyCall) -> int:
+        """Return where the source's indices of those slots begin."""
+        return self.slots_at(epoch) + SlotBytes.of(call).slot * _num_slots(call)
+
+    def refusal(self, call: LowLatencyCall) -> str:
+        """Return why a call does not fit; empty if it does."""
+        slot = SlotBytes.of(call).slot + 4 if call.operation == DISPATCH else 2 * call.hidden
+        needed = slot * _num_slots(call)
+        if needed <= self.place_bytes:
+            return ""
+        return (
+            f"expected num_rdma_bytes of the Buffer to be at least {NUM_PLACES * needed}, got "
+            f"{self.num_bytes}; pass Buffer.get_low_latency_rdma_size_hint(...)"
+        )
+
+    def free_place(self, pending: Collection[int], *, for_caller: bool = False) -> Place | None:
+        """Return the place for rows whose last readers came first; None if all are in use.
+
+        Args:
+            pending: calls that lack their receiving half here.
+            for_caller: who will write to it before the call, so nobody else may be.
+        """
+        held = list(self._taken.values())
+        if self._next is not None and not for_caller:
+            held.append(self._next[0])
+        free = [place for place in self._places if place not in held]
+        place = min(free, key=lambda place: place.last_call, default=None)
+        return None if place is None or place.last_call in pending else place
+
+    def next_buffer(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the caller's buffer for the next combine, if it has one of this shape."""
+        if self._next is not None and self._next[1].shape == shape:
+            return self._next[1]
+        return None
+
+    def set_next_buffer(self, place: Place, buffer: Tensor) -> None:
+        """Keep a buffer that the caller writes into."""
+        self._next = place, buffer
+
+    def take_next_buffer(self) -> Tensor:
+        """Hand that buffer to a combine to come."""
+        assert self._next is not None
+        place, buffer = self._next
+        self._taken[buffer.data_ptr()] = place
+        self._next = None
+        return buffer
+
+    def taken_place(self, address: int) -> Place | None:
+        """Return the place of a buffer that was taken, once; None for other memory."""
+        return self._taken.pop(address, None)
+
+
+def _num_slots(call: LowLatencyCall) -> int:
+    return call.num_experts * call.num_max_dispatch_tokens_per_rank

@@ -1,0 +1,52 @@
+"""The public `Buffer` over emulated GPUs, one thread per rank."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ep_megatron import Buffer
+from ep_megatron.backends.cuda import CudaBackend
+from ep_megatron.backends.packed_cuda import PackedCuda
+from ep_megatron.calls import Calls
+from ep_megatron.config import BufferConfig
+from tests.cuda.emulated import NUM_SMS, Ranks, ThreadMeeting
+
+WINDOW_BYTES = 1 << 20
+
+
+class EmulatedBuffer(Buffer):
+    """A Buffer whose ranks are threads, and which is given its backends."""
+
+    def __init__(self, backend: CudaBackend, packed: PackedCuda, enable_shrink: bool) -> None:
+        self._backend, self._low_latency = backend, packed
+        self.enable_shrink = enable_shrink
+        self._calls = Calls(backend, packed)
+        self.rank, self.group_size = backend.rank, backend.num_ranks
+
+
+class Buffers(Ranks):
+    """Emulated GPUs with a Buffer on each; arguments as those of `Ranks`."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        seed: int = 0,
+        mode: str = "plain",
+        *,
+        timeout: float = 1e9,
+        enable_shrink: bool = False,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
+        config = BufferConfig(timeout=timeout, num_sms=NUM_SMS)
+        super().__init__(num_ranks, seed, mode, config)
+
+        def make(rank: int) -> EmulatedBuffer:
+            meeting, backend = ThreadMeeting(rank, self._tables[0]), self.backends[rank]
+            device = self.devices[rank]
+            packed = PackedCuda(meeting, device, config, window_bytes, enable_shrink=enable_shrink)
+            return EmulatedBuffer(backend, packed, enable_shrink)
+
+        self.buffers: list[EmulatedBuffer] = self._on_threads(make)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return every rank's `function(rank, buffer, *args)`; raise the first error."""
+        return self._on_threads(lambda rank: function(rank, self.buffers[rank], *args))
