@@ -48,9 +48,8 @@ class Buffer(LowLatencyVerbs, Settings):
         group: the expert-parallel ranks; any size from 1 up. None with `comm`.
         num_nvl_bytes: bytes made ready at the start; on a CPU the first size of the shared-memory
             arena, which grows when needed (0: `config.initial_bytes`).
-        num_rdma_bytes: bytes that the low-latency verbs may use on a GPU, as
-            `get_low_latency_rdma_size_hint` says (0: `config.initial_bytes`); fixed for good, and
-            the same on all ranks. Not needed on a CPU.
+        num_rdma_bytes: of the low-latency verbs on a GPU, the same on all ranks and fixed for good:
+            see `get_low_latency_rdma_size_hint` (0: `config.initial_bytes`). Not needed on a CPU.
         low_latency_mode: whether to make what the low-latency verbs need.
         num_qps_per_rank: accepted; a setting of RDMA.
         allow_nvlink_for_low_latency_mode: likewise.

@@ -246,6 +246,45 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
 
 
 @app.command()
+def scale(  # noqa: PLR0913  (every parameter is an option)
+    fabric: Annotated[str, typer.Option(help="h100, b200, nvl72, by comma; all without.")] = "",
+    num_ranks: Annotated[
+        str, typer.Option(help="Ranks, separated by commas.")
+    ] = "8,16,32,64,128,256,512,1024,2048",
+    num_tokens: Annotated[int, typer.Option(help="Tokens per rank.")] = 4096,
+    hidden: Annotated[int, typer.Option(help="Elements per token.")] = 7168,
+    num_topk: Annotated[int, typer.Option(help="Experts per token.")] = 8,
+    num_experts: Annotated[int, typer.Option(help="Experts; with more ranks, one per rank.")] = 256,
+    max_nodes: Annotated[int, typer.Option(help="Most nodes of a token; 0: any number.")] = 4,
+    busiest: Annotated[float, typer.Option(help="Rows of the busiest rank over the mean.")] = 1.0,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
+) -> None:
+    """Work out bytes, messages, memory and expected times of large groups; nothing is run.
+
+    FP8 rows in dispatch, bfloat16 in combine. docs/scale.md says what is assumed.
+    """
+    from ep_megatron.scale import FABRICS, Layer, markdown, plans
+
+    layer = Layer(num_tokens, hidden, num_topk, num_experts, max_nodes, busiest=busiest)
+    sizes = _numbers("--num-ranks", num_ranks)
+    try:
+        by_fabric = {
+            name: plans(sizes, layer, FABRICS[name])
+            for name in _choices("--fabric", fabric, tuple(FABRICS))
+        }
+        for name, found in by_fabric.items():
+            typer.echo(f"{name}: {FABRICS[name].name}\n\n{markdown(found)}")
+        if plot is not None:
+            from ep_megatron.scale_picture import draw
+
+            draw(by_fabric, plot)
+            typer.echo(f"wrote {plot}")
+    except (ValueError, ImportError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

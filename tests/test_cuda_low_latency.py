@@ -18,6 +18,7 @@ from tests.packed_cases import PackedCase, check_packed, expected_combined
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
 from tests.cuda.buffers import Buffers
+from tests.emulator.coverage import Coverage
 from tests.test_dispatch import bits
 from tests.test_low_latency import (
     CASES,
@@ -246,3 +247,70 @@ def test_rows_are_cast_as_they_are_sent() -> None:
     buffers = Buffers(2)
     buffers.call(far_values)
     no_report(buffers)
+
+
+def bad_handles(rank: int, buffer: Buffer) -> None:
+    """A layout that dispatch cannot have written raises on both ranks; so does a false expert."""
+    case = PackedCase((4, 4), idx_dtype=torch.int32)
+    idx, weights = case.topk_idx(rank), case.weights(rank)
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(
+        case.x(rank), idx, case.capacity, case.num_experts, use_fp8=False
+    )
+    assert isinstance(recv, torch.Tensor)
+    rows = experts_rows(case, rank, recv)
+    for value in (9, -1 << 32, 16 << 32 | 1):
+        wrong = handle.packed_recv_layout_range.clone()
+        if rank == 1:
+            wrong[1, 0] = value
+        with pytest.raises(ValueError, match="layout_range to be as dispatch wrote it"):
+            buffer.low_latency_combine(
+                rows, idx, weights, handle._replace(packed_recv_layout_range=wrong)
+            )
+    wrong_idx = idx.clone()
+    wrong_idx[2, 1] = 99 if rank == 0 else idx[2, 1]
+    with pytest.raises(ValueError, match=r"got 99 for token 2"):
+        buffer.low_latency_combine(rows, wrong_idx, weights, handle)
+    out, _, _ = buffer.low_latency_combine(rows, idx, weights, handle)
+    assert torch.equal(out, expected_combined(case, rank))
+
+
+def test_what_a_kernel_finds_wrong_raises_on_every_rank() -> None:
+    buffers = Buffers(2)
+    buffers.call(bad_handles)
+    no_report(buffers)
+
+
+def many_tokens(rank: int, buffer: Buffer) -> None:
+    """More rows than warps, rows of several steps, and every cast."""
+    many = PackedCase((150, 3), num_topk=8, experts_per_rank=6, capacity=150, hidden=512)
+    wide = PackedCase((3, 3), experts_per_rank=40, hidden=5632, capacity=3)
+    check_cases(rank, buffer, [many, wide], list(RECIPES))
+    bad = many.topk_idx(rank)
+    bad[2, 1] = many.num_experts
+    with pytest.raises(ValueError, match="for token 2"):
+        buffer.low_latency_dispatch(many.x(rank), bad, many.capacity, many.num_experts)
+
+
+def test_nearly_every_block_of_the_kernels_runs() -> None:
+    coverage = Coverage()
+
+    def add(buffers: Buffers, check: Callable[..., object], *args: object) -> None:
+        buffers.call(check, *args)
+        coverage.add(buffers.machine)
+
+    for num_ranks in (2, 3, 8):
+        cases = [case for case in CASES.values() if case.num_ranks == num_ranks]
+        add(Buffers(num_ranks), check_cases, cases, list(RECIPES))
+    add(Buffers(2, window_bytes=16 << 20), many_tokens)
+    add(Buffers(2), check_bad_input_of)
+    add(Buffers(2), bad_handles)
+    add(Buffers(3, timeout=TIMEOUT), be_named)
+    add(Buffers(3, timeout=TIMEOUT, enable_shrink=True), come_late, threading.Event())
+    add(Buffers(3, enable_shrink=True), mask_by_hand, threading.Barrier(3).wait)
+    coverage.blocks = {k: b for k, b in coverage.blocks.items() if k.startswith("ep_packed_")}
+    print(coverage.table())
+    missed = [f"{k} {block}" for k in coverage.blocks for block in coverage.missed(k)]
+    for block in missed:
+        print(block)
+    assert len(coverage.blocks) == 10
+    assert 1 - len(missed) / sum(map(len, coverage.blocks.values())) >= 0.95

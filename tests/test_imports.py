@@ -21,13 +21,22 @@ FLOORS = [
         "backends.device",
         "backends.waiter",
     },
-    {"layout", "casts", "backends.base", "settings", "communicator", "elastic_handle"},
+    {
+        "layout",
+        "casts",
+        "backends.base",
+        "settings",
+        "communicator",
+        "elastic_handle",
+        "scale",
+    },
     {
         "arguments",
         "backends.meeting",
         "backends.casting",
         "backends.gpu",
         "backends.packed",
+        "scale_picture",
         "recompute",
     },
     {

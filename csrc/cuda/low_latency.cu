@@ -169,6 +169,7 @@ EP_ROW_KERNEL ep_packed_take_kernel(const __grid_constant__ PackedArgs args) {
             if (lane == 0)
                 args.out_tokens[local * capacity + row] =
                     reinterpret_cast<const int32_t*>(window + args.tags)[slot];
+#pragma unroll 1
             for (int word = lane; word < num_words; word += kWarpSize)
                 store_4(args.out_scales + ((local * num_words + word) * capacity + row) * 4,
                         *reinterpret_cast<const uint32_t*>(from + args.x_bytes + word * 4));

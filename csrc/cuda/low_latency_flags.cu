@@ -79,6 +79,7 @@ __device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
     const int thread = threadIdx.x;
     const int64_t num_slots = args.num_tokens * args.num_topk;
     uint32_t bad = kNone;
+#pragma unroll 1
     for (int64_t slot = thread; slot < num_slots; slot += kMeetThreads) {
         const int64_t expert = index_at(args, slot);
         if (expert < -1 || expert >= args.num_experts) bad = min(bad, static_cast<uint32_t>(slot));
@@ -110,15 +111,18 @@ __device__ __forceinline__ void push_posts(const PackedArgs& args,
                                            const int32_t* counts) {
     const int lane = threadIdx.x % kWarpSize;
     const int local = args.num_experts / args.num_ranks;
+#pragma unroll 1
     for (int i = threadIdx.x / kWarpSize; i < args.num_ranks; i += kMeetWarps) {
         // Each rank begins with its neighbour, so that not all write to rank 0 first.
         const int peer = (args.rank + 1 + i) % args.num_ranks;
         PackedControl* there = args.control[peer];
         PackedPost& post = there->posts[args.epoch % 2][args.rank];
+#pragma unroll 1
         for (int word = lane; word < static_cast<int>(sizeof(PackedHead) / 16); word += kWarpSize)
             reinterpret_cast<uint4*>(&post.head)[word] =
                 reinterpret_cast<const uint4*>(&head)[word];
         if (head.kind == kPackedTakesPart && args.operation != kPackedNothing)
+#pragma unroll 1
             for (int expert = lane; expert < local; expert += kWarpSize) {
                 if (args.operation == kPackedDispatch) {
                     post.numbers[expert] = counts[peer * local + expert];
@@ -135,6 +139,7 @@ __device__ __forceinline__ void push_posts(const PackedArgs& args,
 
 /// Each expert's slots here, a warp per expert. All threads take part.
 __device__ __forceinline__ void count_slots(const PackedArgs& args, int32_t* counts) {
+#pragma unroll 1
     for (int expert = threadIdx.x / kWarpSize; expert < args.num_experts; expert += kMeetWarps) {
         const int count = count_of(args, expert);
         if (threadIdx.x % kWarpSize == 0) counts[expert] = count;
@@ -151,6 +156,7 @@ __device__ __forceinline__ void lay_out(const PackedArgs& args,
     if (block >= args.num_experts) return;
     const int local = block / args.num_ranks, source = block % args.num_ranks;
     int begin = 0, count = 0;
+#pragma unroll 1
     for (int rank = 0; rank <= source; ++rank) {
         begin += count;
         count = is_there[rank] ? posts[rank].numbers[local] : 0;
@@ -179,6 +185,7 @@ __device__ __forceinline__ bool look_up(const PackedArgs& args,
     if (thread >= args.num_ranks || !is_there[thread]) return true;
     args.state->rows[thread] = posts[thread].head.rows;
     bool is_same = true;
+#pragma unroll 1
     for (int expert = 0; expert < local; ++expert)
         is_same = is_same && counts[thread * local + expert] == 0;
     return is_same;
@@ -252,6 +259,7 @@ extern "C" __global__ void __launch_bounds__(kMeetThreads)
     const bool is_agreed = __syncthreads_and(thread >= args.num_ranks || !is_there[thread] ||
                                              agrees(posts[thread].head, posts[args.rank].head));
     const int words_per_head = sizeof(PackedHead) / 16;
+#pragma unroll 1
     for (int i = thread; i < args.num_ranks * words_per_head; i += kMeetThreads)
         if (is_there[i / words_per_head])
             reinterpret_cast<uint4*>(args.report->heads)[i] =

@@ -20,6 +20,7 @@ __device__ __forceinline__ int place_of(const PackedArgs& args, int64_t token, i
     const int lane = threadIdx.x % kWarpSize;
     const int64_t first = token * args.num_topk;
     int place = 0;
+#pragma unroll 1
     for (int64_t base = 0; base < first + args.num_topk; base += kWarpSize) {
         const int64_t slot = base + lane;
         const int other = slot < first + args.num_topk ? expert_of(args, slot) : -1;
@@ -37,6 +38,7 @@ __device__ __forceinline__ int count_of(const PackedArgs& args, int expert) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t num_slots = args.num_tokens * args.num_topk;
     int count = 0;
+#pragma unroll 1
     for (int64_t base = 0; base < num_slots; base += kWarpSize)
         count += __popc(__ballot_sync(kAllLanes, expert_of(args, base + lane) == expert));
     return count;
@@ -54,10 +56,12 @@ __device__ __forceinline__ void for_rows(const PackedArgs& args, Count count, Ro
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
     int64_t before = 0;  // rows of the blocks before, modulo the warps
+#pragma unroll 1
     for (int pair = 0; pair < args.num_experts; ++pair) {
         const int rows = count(pair);
         int64_t first = warp - before;
         if (first < 0) first += num_warps;
+#pragma unroll 1
         for (int64_t i = first; i < rows; i += num_warps) row(pair, static_cast<int>(i));
         before = (before + rows) % num_warps;
     }
@@ -67,6 +71,7 @@ __device__ __forceinline__ void for_rows(const PackedArgs& args, Count count, Ro
 __device__ __forceinline__ void copy_whole_row(const char* from, char* to, int num_bytes) {
     constexpr int kUnroll = 4;
     const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
+#pragma unroll 1
     for (int step = lane_at; step < num_bytes; step += kUnroll * kStepBytes) {
         uint4 values[kUnroll];
 #pragma unroll
