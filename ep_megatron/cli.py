@@ -56,7 +56,9 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
     hidden: Annotated[str, typer.Option(help="Elements per token.")] = "1024,2048",
     num_topk: Annotated[int, typer.Option(help="Experts per token.")] = 8,
     num_experts: Annotated[int, typer.Option(help="Experts on all ranks.")] = 64,
-    implementation: Annotated[str, typer.Option(help="Which, by comma; all without.")] = "",
+    implementation: Annotated[
+        str, typer.Option(help="Which, by comma; all but low_latency* without.")
+    ] = "",
     direction: Annotated[str, typer.Option(help="forward, forward_backward or both.")] = "",
     samples: Annotated[int, typer.Option(help="Samples of each; medians are reported.")] = 15,
     steps: Annotated[
@@ -81,13 +83,19 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
 
     from ep_megatron.bench.case import DIRECTIONS, Case
     from ep_megatron.bench.launch import has_mpi, run
-    from ep_megatron.bench.measure import IMPLEMENTATIONS, LINK_IMPLEMENTATIONS
+    from ep_megatron.bench.measure import (
+        IMPLEMENTATIONS,
+        LINK_IMPLEMENTATIONS,
+        PACKED_IMPLEMENTATIONS,
+    )
     from ep_megatron.bench.table import print_table
 
     known = LINK_IMPLEMENTATIONS if link else IMPLEMENTATIONS
     names = _choices("--implementation", implementation, known)
-    if not implementation and not has_mpi():
-        names.remove("mpi")
+    if not implementation:
+        names = [name for name in names if name not in PACKED_IMPLEMENTATIONS]
+        if not has_mpi():
+            names.remove("mpi")
     cases = [
         Case(ranks, tokens, width, num_topk, num_experts)
         for ranks in _numbers("--num-ranks", num_ranks)

@@ -73,10 +73,12 @@ def test_payload_is_what_crosses_once_per_destination() -> None:
     run_on_ranks(2, check_payload)
 
 
-def bench(folder: Path, names: str, num_tokens: str, samples: int) -> tuple[Any, str]:
+def bench(
+    folder: Path, names: str, num_tokens: str, samples: int, hidden: str = "64"
+) -> tuple[Any, str]:
     """Run the command; return its JSON rows and what it printed."""
     command = [sys.executable, "-m", "ep_megatron.cli", "bench", "--num-ranks", "2"]
-    command += ["--num-tokens", num_tokens, "--hidden", "64", "--num-topk", "2"]
+    command += ["--num-tokens", num_tokens, "--hidden", hidden, "--num-topk", "2"]
     command += ["--num-experts", "4", "--samples", str(samples), "--implementation", names]
     command += ["--json", str(folder / "rows.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -97,6 +99,32 @@ def test_bench_writes_a_row_for_everything(tmp_path: Path) -> None:
     }
     assert all(0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in rows)
     assert "shared_memory_expand" in printed
+
+
+def check_packed_sums(rank: int) -> None:
+    """Low-latency steps give the weighted sums of what the experts hand back: their rows."""
+    x, weights = CASE.x(rank).float(), CASE.topk_weights(rank).sum(1, keepdim=True)
+    for backend in ("shared_memory", "process_group"):
+        out = own.packed_exchange(backend, False)(CASE, rank)["forward"]()
+        torch.testing.assert_close(out.float(), x * weights, rtol=2**-7, atol=2**-14)
+    assert not own.packed_exchange("shared_memory", True)(CASE, rank)["forward"]().any()
+
+
+def test_low_latency_steps_give_weighted_sums() -> None:
+    run_on_ranks(2, check_packed_sums)
+
+
+def test_bench_of_low_latency_is_forward_only(tmp_path: Path) -> None:
+    names = "shared_memory,low_latency,low_latency_fp8"
+    rows, printed = bench(tmp_path, names, "8", 2, hidden="128")
+    found = [(row["implementation"], row["direction"]) for row in rows]
+    assert found == [(name, "forward") for name in names.split(",")] + [
+        ("shared_memory", "forward_backward")
+    ]
+    sent = {row["implementation"]: row["dispatch_bytes"] for row in rows}
+    assert sent["low_latency"] == 2 * 8 * 2 * 2 * 128  # ranks, tokens, top-k, bytes, hidden
+    assert sent["low_latency_fp8"] == 2 * 8 * 2 * (128 + 4)
+    assert "low_latency_fp8" in printed
 
 
 def test_bench_counts_what_crosses_a_link(tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ class Case:
             total += int(hits.scatter_(1, destinations, True).sum())
         return total
 
+    def packed_bytes(self, recipe: Fp8Recipe | None = None) -> int:
+        """Bytes of rows that all ranks take in one low-latency dispatch, a row per expert."""
+        row_bytes = self.hidden * 2
+        if recipe is not None:
+            row_bytes = self.hidden + 4 * recipe.num_scales(self.hidden)
+        return self.num_ranks * self.num_tokens * self.num_topk * row_bytes
+
     def payload_bytes(self, recipe: Fp8Recipe | None = None) -> int:
         """Bytes that all ranks send one way, a token once per destination rank.
 

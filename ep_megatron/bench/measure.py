@@ -33,6 +33,9 @@ _MAKERS: dict[str, Maker] = {
     },
     "dispatcher": megatron_layer.layer("deepep"),
     "process_group": own.exchange("process_group", expand=False),
+    "low_latency": own.packed_exchange("shared_memory", use_fp8=False),
+    "low_latency_fp8": own.packed_exchange("shared_memory", use_fp8=True),
+    "low_latency_process_group": own.packed_exchange("process_group", use_fp8=False),
     "hierarchical": own.exchange("hierarchical", expand=False),
     "gloo": peers.gloo,
     "mpi": peers.mpi,
@@ -48,6 +51,8 @@ IMPLEMENTATIONS = (
     *(name for name in _MAKERS if not name.startswith(LIMIT) and name != "hierarchical"),
     LIMIT,
 )
+# Forward only, for few tokens: memory is experts times tokens. Not measured unless asked for.
+PACKED_IMPLEMENTATIONS = tuple(name for name in _MAKERS if name.startswith("low_latency"))
 _NUM_WARM_UPS = 3
 
 
@@ -84,13 +89,14 @@ def _measure_case(
     num_steps: int,
     meter: LinkMeter | None,
 ) -> Iterator[Result]:
-    names = [n for n in implementations if n != LIMIT]
+    chosen = [n for n in implementations if n != LIMIT]
     if LIMIT in implementations:
-        names += [n for n in _MAKERS if n.startswith(LIMIT)]
-    steps = {name: _MAKERS[name](case, dist.get_rank()) for name in names}
+        chosen += [n for n in _MAKERS if n.startswith(LIMIT)]
+    steps = {name: _MAKERS[name](case, dist.get_rank()) for name in chosen}
     payload_bytes = case.payload_bytes()
     barrier = _Barrier(is_one_host=meter is None)
     for direction in directions:
+        names = [name for name in chosen if direction in steps[name]]
         samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(_NUM_WARM_UPS):
             for name in names:
@@ -112,13 +118,19 @@ def _measure_case(
                 num_topk=case.num_topk,
                 num_experts=case.num_experts,
                 payload_bytes=payload_bytes,
-                dispatch_bytes=case.payload_bytes(FP8_RECIPES.get(name.rpartition("_")[2])),
+                dispatch_bytes=_dispatch_bytes(case, name),
                 num_samples=num_samples,
                 median_ms=statistics.median(milliseconds),
                 min_ms=min(milliseconds),
                 max_ms=max(milliseconds),
                 link_bytes=0 if meter is None else meter.count(steps[name][direction]),
             )
+
+
+def _dispatch_bytes(case: Case, name: str) -> int:
+    recipe = FP8_RECIPES.get(name.rpartition("_")[2])
+    is_packed = name in PACKED_IMPLEMENTATIONS
+    return case.packed_bytes(recipe) if is_packed else case.payload_bytes(recipe)
 
 
 class _Barrier:

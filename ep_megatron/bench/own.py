@@ -1,5 +1,6 @@
 """Our own implementations under measurement."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -8,15 +9,17 @@ from ep_megatron.buffer import Buffer
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import Fp8Recipe
 
-_buffers: dict[str, Buffer] = {}
+_buffers: dict[tuple[str, bool], Buffer] = {}
 
 
-def buffer_of(backend: str) -> Buffer:
-    """Return this process's buffer of that backend; cases share it, as layers do in training."""
-    if backend not in _buffers:
+def buffer_of(backend: str, low_latency: bool = False) -> Buffer:
+    """Return this process's buffer of that kind; cases share it, as layers do in training."""
+    kind = backend, low_latency
+    if kind not in _buffers:
         assert dist.group.WORLD is not None
-        _buffers[backend] = Buffer(dist.group.WORLD, config=BufferConfig(backend=backend))
-    return _buffers[backend]
+        config = BufferConfig(backend=backend)
+        _buffers[kind] = Buffer(dist.group.WORLD, low_latency_mode=low_latency, config=config)
+    return _buffers[kind]
 
 
 def exchange(backend: str, expand: bool, fp8: Fp8Recipe | None = None) -> Maker:
@@ -57,5 +60,31 @@ def exchange(backend: str, expand: bool, fp8: Fp8Recipe | None = None) -> Maker:
             buffer.combine(grad_rows, handle, topk_weights=recv_weights)  # type: ignore[arg-type]
 
         return {"forward": forward, "forward_backward": forward_backward}
+
+    return make
+
+
+def packed_exchange(backend: str, use_fp8: bool) -> Maker:
+    """Return a maker of steps: a low-latency dispatch, then a combine of bfloat16 rows; forward.
+
+    With FP8 experts would make bfloat16 rows of what arrives; other rows stand for them.
+    """
+
+    def make(case: Case, rank: int) -> dict[str, Step]:
+        buffer = buffer_of(backend, low_latency=True)
+        x, topk_idx = case.x(rank), case.topk_idx(rank)
+        topk_weights = case.topk_weights(rank)
+        local, rows = case.num_experts // case.num_ranks, case.num_ranks * case.num_tokens
+        made = torch.zeros(local, rows, case.hidden, dtype=x.dtype) if use_fp8 else None
+
+        def forward() -> Tensor:
+            recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+                x, topk_idx, case.num_tokens, case.num_experts, use_fp8=use_fp8
+            )
+            y = recv_x if made is None else made
+            assert isinstance(y, Tensor)
+            return buffer.low_latency_combine(y, topk_idx, topk_weights, handle)[0]
+
+        return {"forward": forward}
 
     return make
