@@ -359,7 +359,7 @@ def dispatches(draw: st.DrawFn, is_cached: st.SearchStrategy[bool]) -> Dispatch:
         expand=expand,
         alignment=draw(st.sampled_from((1, 2, 3, 8))),
         weights=draw(st.sampled_from((None, *WEIGHT_DTYPES))),
-        spare_rows=None if expand else draw(st.sampled_from((None, None, 0, 3))),
+        spare_rows=draw(st.sampled_from((None, None, 0, 3))),
         is_async=draw(st.booleans()),
     )
 
@@ -379,7 +379,7 @@ COMBINES = st.builds(
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
-    num_ranks = draw(st.sampled_from((2, 3, 4)))
+    num_ranks = draw(st.sampled_from((2, 3, 4, 1)))
     first = draw(dispatches(st.just(False)))
     later = st.one_of(COMBINES, dispatches(st.booleans()), st.builds(Wait, st.integers(0, 7)))
     return Program(

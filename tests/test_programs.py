@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import Tensor
 
 from ep_megatron import Buffer, fp8
 from ep_megatron.streams import EventOverlap
+from tests.profiles import examples
 from tests.programs import (
     Combine,
     Dispatch,
@@ -117,8 +118,8 @@ class Run:
         assert isinstance(maker, Dispatch)
         if maker.spare_rows is None:
             return 0
-        case = self.program.case(at)
-        most = max(len(rows_of(case, rank, False)) for rank in range(case.num_ranks))
+        case, expand = self.program.case(at), self.program.expand(at)
+        most = max(len(rows_of(case, rank, expand)) for rank in range(case.num_ranks))
         return most + maker.spare_rows
 
     def combine(self, at: int, step: Combine) -> Result:
@@ -215,13 +216,7 @@ def check(rank: int, program: Program, spoil: bool = False) -> list[str]:
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@examples(60)
 @given(program=programs())
 def test_every_backend_gives_the_bits_of_the_definition(program: Program) -> None:
     found = [line for lines in run_on_ranks(program.num_ranks, check, program) for line in lines]
