@@ -114,6 +114,7 @@ void bind_low_latency(py::module_& m) {
             },
             no_gil)
         .def("receive_nothing", &LowLatency::receive_nothing, no_gil)
+        .def("limit_threads", &LowLatency::limit_threads, "num_threads"_a)
         .def("reports", &LowLatency::reports)
         .def("allocate", &LowLatency::allocate, "num_bytes"_a, no_gil)
         .def("mask", &LowLatency::mask, no_gil)

@@ -37,7 +37,7 @@ class Calls:
     """
 
     def __init__(self, backend: Backend, low_latency: LowLatencyBackend | None = None) -> None:
-        self._backend = backend
+        self._backend, self._low_latency = backend, low_latency
 
         def interrupt() -> None:
             backend.interrupt()
@@ -95,6 +95,8 @@ class Calls:
                     if Settings.num_sms != self._num_threads:
                         self._num_threads = Settings.num_sms
                         self._backend.limit_threads(self._num_threads)
+                        if self._low_latency is not None:
+                            self._low_latency.limit_threads(self._num_threads)
                     call()
             finally:
                 if at_end is not None:

@@ -86,7 +86,11 @@ def check_elastic(rank: int, drawn: Elastic, backend: str) -> list[str]:
     most = max(*case.num_tokens, 1)
     v2 = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=most, config=v1.config)
     x, idx, weights = drawn.rows(rank), case.topk_idx(rank), drawn.weights(rank)
-    options = {"topk_idx": idx, "topk_weights": weights, "num_experts": case.num_experts}
+    options: dict[str, Any] = {
+        "topk_idx": idx,
+        "topk_weights": weights,
+        "num_experts": case.num_experts,
+    }
     options["expert_alignment"] = case.alignment
     wanted = v1.dispatch(x, expand=drawn.do_expand, **options)
     stats = torch.ones(case.experts_per_rank, dtype=torch.int32)
@@ -163,7 +167,7 @@ def packed(draw: st.DrawFn) -> DrawnPackedCase:
 
 def check_drawn(rank: int, case: DrawnPackedCase, kind: str, mode: str, zero_copy: bool) -> None:
     """Dispatch and combine on both backends."""
-    how = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
+    how: dict[str, Any] = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
     flags = {"use_fp8": False} if kind == "ue8m0" and case.hidden % 512 else FLAGS[kind]
     recipe = RECIPES["bf16" if flags == {"use_fp8": False} else kind]
     for backend in ("process_group", "shared_memory"):

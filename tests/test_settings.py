@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_megatron import Buffer
+from ep_megatron import Buffer, BufferConfig
 from ep_megatron.settings import Settings
 from ep_megatron.sizes import Config
 from tests.ranks import run_on_ranks
@@ -128,6 +128,42 @@ def check_threads_follow(rank: int) -> None:
         buffer.get_local_buffer_tensor(torch.bfloat16)
 
 
+def check_low_latency_threads(rank: int) -> None:
+    """Low-latency calls too; their rows are the same on any number of threads."""
+    assert dist.group.WORLD is not None
+    config = BufferConfig(backend="shared_memory", timeout=30, num_threads=4)
+    buffer = Buffer(dist.group.WORLD, low_latency_mode=True, config=config)
+    calls = buffer._low_latency
+    assert calls is not None
+    limits: list[int] = []
+    limit = calls.limit_threads
+
+    def note(num_threads: int) -> None:
+        limits.append(num_threads)
+        limit(num_threads)
+
+    calls.limit_threads = note  # type: ignore[method-assign]
+    rng = torch.Generator().manual_seed(rank)
+    x, idx = torch.randn(300, 128, generator=rng).bfloat16(), torch.arange(900).view(300, 3) % 8
+    sums = []
+    try:
+        for num_sms in (2, 4, 4):
+            Settings.num_sms = num_sms
+            rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 300, 8, use_fp8=False)
+            assert isinstance(rows, torch.Tensor)
+            sums.append(buffer.low_latency_combine(rows, idx, torch.ones(300, 3), handle)[0])
+    finally:
+        Settings.num_sms = 20
+    assert limits == [2, 4]
+    assert all(torch.equal(total, sums[0]) for total in sums)
+    torch.testing.assert_close(sums[0].float(), 3 * x.float(), rtol=2**-7, atol=0)
+    buffer.destroy()
+
+
+def test_threads_of_low_latency_calls_follow_too() -> None:
+    run_on_ranks(2, check_low_latency_threads)
+
+
 def test_threads_follow_the_number_of_sms() -> None:
     run_on_ranks(2, check_threads_follow)
 
@@ -177,7 +213,7 @@ def test_a_communicator_of_a_process_without_torch_distributed(tmp_path: Path) -
     code = """
 import pickle, sys, time, torch
 from pathlib import Path
-from ep_megatron import Buffer
+from ep_megatron import Buffer, BufferConfig
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 class Comm:
     calls = 0

@@ -110,6 +110,8 @@ class LowLatency {
     void interrupt() {
         if (meeting_ != nullptr) meeting_->interrupt();
     }
+    /// Move rows on at most as many threads, within `options.num_threads`.
+    void limit_threads(int num_threads) { workers_.limit(num_threads); }
     int num_ranks() const { return static_cast<int>(segments_.size()); }
     size_t committed() const { return arena_->committed(); }
 

@@ -161,6 +161,9 @@ class LowLatencyBackend(Protocol):
     def masks(self) -> list[int]:
         """Return 1 for every rank that is masked, or has masked this one. Local."""
 
+    def limit_threads(self, num_threads: int) -> None:
+        """Move rows on at most as many threads, from the next call on. Local."""
+
     def interrupt(self) -> None:
         """Make a waiting call give up, if it can. Local."""
 

@@ -211,6 +211,9 @@ class PackedGroup:
         """See `LowLatencyBackend.masks`. Masks of other ranks are not known here."""
         return list(self._masked)
 
+    def limit_threads(self, num_threads: int) -> None:
+        """See `LowLatencyBackend.limit_threads`. The threads are torch's."""
+
     def interrupt(self) -> None:
         """See `LowLatencyBackend.interrupt`."""
         self._broken = self._broken or "a call was interrupted"

@@ -166,6 +166,10 @@ class PackedShared:
         """See `LowLatencyBackend.masks`."""
         return self._calls.masks()
 
+    def limit_threads(self, num_threads: int) -> None:
+        """See `LowLatencyBackend.limit_threads`."""
+        self._calls.limit_threads(num_threads)
+
     def interrupt(self) -> None:
         """See `LowLatencyBackend.interrupt`. Within 50 ms."""
         self._calls.interrupt()
