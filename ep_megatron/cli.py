@@ -113,6 +113,40 @@ def bench(  # noqa: PLR0913  (every parameter is an option)
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+@app.command("bench-overlap")
+def bench_overlap(
+    link: Annotated[
+        str, typer.Option(help="Rates of a link between two hosts, by comma; none: no hosts.")
+    ] = "200mbit",
+    late_ms: Annotated[
+        float, typer.Option(help="How late one of two ranks is; 0: no such scenario.")
+    ] = 50.0,
+    num_tokens: Annotated[int, typer.Option(help="Tokens per rank on a link.")] = 4096,
+    samples: Annotated[int, typer.Option(help="Samples of each mode; medians are reported.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows here.")] = None,
+) -> None:
+    """Measure what queued calls hide behind equally long computation.
+
+    Behind a rank that comes late, on one host, and behind a slow link between two hosts that are
+    made for it (network namespaces; needs root and iproute2).
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from ep_megatron.bench.overlap import print_rows, run
+
+    try:
+        rows = run([rate for rate in link.split(",") if rate], late_ms, num_tokens, samples)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    print_rows(rows, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
 @app.command("bench-pipeline")
 def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
     link: Annotated[
