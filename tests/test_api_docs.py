@@ -75,7 +75,7 @@ def methods_of(cls: type) -> dict[str, Callable[..., Any]]:
         is_ours = (getattr(member, "__module__", None) or "").startswith("ep_megatron")
         if is_ours and not name.startswith("_") and name not in INTERNAL:
             found[name] = member
-    return found | {"__init__": cls.__init__}
+    return found | {"__init__": vars(cls)["__init__"]}
 
 
 def described() -> dict[str, Callable[..., Any]]:

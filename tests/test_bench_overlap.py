@@ -21,7 +21,7 @@ def test_a_late_ranks_time_is_given_back() -> None:
     """While it sleeps a core is free, so nearly all of the other's computation is hidden."""
     row, nothing = run_on_ranks(2, check_late)
     assert nothing is None
-    assert row.communication >= 600
+    assert row.communication > 500
     assert row.in_turn >= row.communication
     # The computation alone may be anything on a busy machine; hidden is what counts.
     assert row.overlapped < 0.9 * (row.communication + row.computation)

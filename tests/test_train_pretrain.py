@@ -219,3 +219,25 @@ def test_fp8_on_the_wire_trains_in_a_band_of_bfloat16_and_repeats_itself(folder:
     assert losses["fp8"] != losses["bf16"]
     for mine, theirs in zip(losses["fp8"], losses["bf16"], strict=True):
         assert abs(mine - theirs) < 0.02 * theirs
+
+
+def test_rows_as_mxfp8_train_in_a_band_of_bfloat16(folder: Path) -> None:
+    script = EXAMPLES / "wire_dtype_losses.py"
+    command = [sys.executable, str(script), "--config", str(EXAMPLES / "ci.yaml")]
+    command += ["--seeds", "3", "--dtypes", "bf16,mxfp8", "--train-iters", "12"]
+    command += ["--folder", "wire_dtypes", "--figure", "losses.svg", "--json", "losses.json"]
+    command += ["--", "--hidden-size", "128", "--text-path", "text.txt", "--eval-iters", "1"]
+    command += ["--data-cache-path", "data"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert "mxfp8 - bf16: mean" in done.stdout
+    assert (folder / "losses.svg").stat().st_size > 1000
+    rows = json.loads((folder / "losses.json").read_text())
+    assert [row["dtype"] for row in rows] == ["bf16", "mxfp8"]
+    losses = [
+        [r["loss"] for r in _records(folder, f"wire_dtypes/{dtype}-3") if "loss" in r]
+        for dtype in ("bf16", "mxfp8")
+    ]
+    assert losses[0] != losses[1]
+    for theirs, mine in zip(*losses, strict=True):
+        assert abs(mine - theirs) < 0.02 * theirs
