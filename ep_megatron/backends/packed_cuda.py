@@ -215,6 +215,9 @@ class PackedCuda:
         """See `LowLatencyBackend.masks`."""
         return self._mask(-1, False)
 
+    def limit_threads(self, num_threads: int) -> None:
+        """See `LowLatencyBackend.limit_threads`. No thread of the host moves rows."""
+
     def interrupt(self) -> None:
         """See `LowLatencyBackend.interrupt`. A kernel keeps its deadline; the next call raises."""
         self._broken = self._broken or "a call was interrupted"
