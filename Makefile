@@ -26,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 build/sources: .venv/packages requirements-sources.txt
 	for name in $$(cat requirements-sources.txt); do \
 	  folder=build/sources/$$(echo $$name | sed s/==/-/) && mkdir -p $$folder build/wheels/$$name && \
-	  $(BIN)/pip download --quiet --disable-pip-version-check --no-deps -d build/wheels/$$name $$name && \
+	  $(BIN)/pip download --quiet --disable-pip-version-check --retries 1 --timeout 20 --no-deps -d build/wheels/$$name $$name && \
 	  $(BIN)/python -m zipfile -e build/wheels/$$name/*.whl $$folder \
 	  || echo "no sources of $$name: tests that need them will be skipped"; done
 	touch $@
