@@ -34,6 +34,7 @@ FLOORS = [
         "arguments",
         "backends.meeting",
         "backends.casting",
+        "backends.expert_major",
         "backends.gpu",
         "backends.packed",
         "scale_picture",

@@ -18,8 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_megatron.arguments import MAX_EXPERTS
-from ep_megatron.backends.base import NUM_CALL_FIELDS, Call, PeerReport, check_agreement
+from ep_megatron.backends.base import (
+    MAX_EXPERTS,
+    NUM_CALL_FIELDS,
+    Call,
+    PeerReport,
+    check_agreement,
+)
 from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Gathering, describe_late
 from ep_megatron.backends.waiter import Waiter, cut_off
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ep_megatron import _cuda
 from ep_megatron.backends.cuda import CudaBackend
@@ -209,8 +210,11 @@ class ThreadMeeting(Meeting):
         self.rank, self.num_ranks, self.timeout = rank, len(table.messages), 120.0
         self._table = table
 
-    def exchange(self, operation: str, message: Tensor) -> Tensor:
-        received = torch.stack(self._table.lay(self.rank, message.clone()))
+    def exchange(self, operation: str, message: Tensor, at_most: int | None = None) -> Tensor:
+        messages = self._table.lay(self.rank, message.clone())
+        if at_most is not None:
+            messages = [pad(one, (0, at_most - len(one))) for one in messages]
+        received = torch.stack(messages)
         self._table.barrier.wait(self.timeout)
         return received
 
@@ -224,11 +228,16 @@ class ThreadReference(ProcessGroupBackend):
         self._num_calls, self._broken, self._table = 0, "", table
 
     def _all_to_all(
-        self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
-    ) -> Tensor:
-        sent = self._table.lay(self.rank, values.split(send_counts))
-        received = torch.cat([parts[self.rank] for parts in sent])
-        assert len(received) == sum(recv_counts)
+        self,
+        values: Sequence[Tensor],
+        send_counts: tuple[int, ...],
+        recv_counts: tuple[int, ...],
+    ) -> list[Tensor]:
+        sent = self._table.lay(self.rank, [value.split(send_counts) for value in values])
+        received = [
+            torch.cat([parts[index][self.rank] for parts in sent]) for index in range(len(values))
+        ]
+        assert all(len(value) == sum(recv_counts) for value in received)
         self._table.barrier.wait(self._meeting.timeout)
         return received
 
