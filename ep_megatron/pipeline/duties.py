@@ -341,7 +341,7 @@ def expert_group(models: list[Any]) -> dist.ProcessGroup | None:
     from megatron.core.utils import unwrap_model
 
     for gpt in unwrap_model(list(models)):
-        for one in gpt.decoder.layers:
+        for one in layer.layers_of(gpt):
             if one.is_moe_layer:
                 group: dist.ProcessGroup = one.mlp.token_dispatcher.tp_ep_group
                 return group

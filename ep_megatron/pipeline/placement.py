@@ -202,20 +202,21 @@ def _check_placeable(name: str, config: Any) -> None:
             f"pipeline: expected virtual_pipeline_model_parallel_size of {name} to be {wanted}, "
             f"got {config.virtual_pipeline_model_parallel_size}"
         )
-    for field in ("pipeline_model_parallel_layout", "mtp_num_layers"):
-        if getattr(config, field, None):
-            raise ValueError(
-                f"pipeline: expected {field} of {name} to be left out, got "
-                f"{getattr(config, field)}; Megatron looks it up by the global pipeline rank"
-            )
+    if config.pipeline_model_parallel_layout:
+        raise ValueError(
+            f"pipeline: expected pipeline_model_parallel_layout of {name} to be left out, got "
+            f"{config.pipeline_model_parallel_layout}; Megatron looks it up by the global pipeline "
+            "rank"
+        )
 
 
 def join_chunks(name: str, models: list[Any], pp_group: dist.ProcessGroup) -> None:
     """Make parameters that stand for one and the same equal; call it before an optimizer is made.
 
     Collective over the pipeline ranks. With tied embeddings on a V or two ways, the head gets the
-    embedding's weight. Two ways, the second copy of each stage gets the first one's parameters and
-    buffers, and is marked as shared, so that norms of gradients count it once.
+    embedding's weight; with multi-token prediction, the embedding beside the loss does. Two ways,
+    the second copy of each stage gets the first one's parameters and buffers, and is marked as
+    shared, so that norms of gradients count it once.
 
     Args:
         name: of the schedule.
@@ -246,13 +247,17 @@ def has_joined_ends(schedule: Schedule) -> bool:
 
 
 def tied_pairs(chunks: list[Any]) -> list[tuple[Any, Any]]:
-    """Return (embedding, head) weights on this rank that are two tensors for one parameter."""
+    """Return pairs of weights on this rank that are two tensors for one parameter.
+
+    The embedding of the first stage, and that of the last one's multi-token prediction, or where
+    embedding and head are tied and there is none, the head.
+    """
     return [
         (one.shared_embedding_or_output_weight(), other.shared_embedding_or_output_weight())
         for one in chunks
         for other in chunks
         if one.pre_process and other.post_process and one is not other
-        if one.share_embeddings_and_output_weights
+        if one.share_embeddings_and_output_weights or other.mtp_process
     ]
 
 

@@ -150,8 +150,11 @@ def _gpt(config: Config, megatron_config: Any, vocab_size: int, placed: ChunkPla
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
+    # A layout says itself where MTP layers are.
+    is_ours = config.pipeline_schedule and not config.pipeline_model_parallel_layout
+    has_loss = placed.post_process if is_ours else None
     block, mtp = build_layer_specs(
-        megatron_config, config.transformer_impl, placed.vp_stage, placed.pp_rank
+        megatron_config, config.transformer_impl, placed.vp_stage, placed.pp_rank, has_loss
     )
     model = GPTModel(
         megatron_config,
