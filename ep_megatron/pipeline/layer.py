@@ -292,7 +292,7 @@ class _Builder:
         hidden: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        shared, earlier = None, others
+        shared, earlier = None, list(others)
         if layer.mlp.use_shared_expert:
             shared, *earlier = others
         with self._layer_scope(layer):
