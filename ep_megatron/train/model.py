@@ -113,8 +113,10 @@ def build_model(config: Config, megatron_config: Any, vocab_size: int) -> list[A
             model.cuda(torch.cuda.current_device())
         if config.bf16:
             model = Float16Module(megatron_config, model)
+        # Both copies of a stage are reduced in the same pieces, so that they stay equal in bits.
+        is_whole = chunk > 0 or config.pipeline_schedule == "dualpipe"
         models.append(
-            DistributedDataParallel(megatron_config, ddp_config, model, disable_bucketing=chunk > 0)
+            DistributedDataParallel(megatron_config, ddp_config, model, disable_bucketing=is_whole)
         )
     for model in models:
         model.broadcast_params()

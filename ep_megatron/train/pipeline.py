@@ -53,11 +53,6 @@ def check_pipeline(config: Any) -> None:
             "expected pipeline-model-parallel-layout to be left out for pipeline-schedule "
             f"{name}, got {config.pipeline_model_parallel_layout}"
         )
-    if name == "dualpipe" and config.use_distributed_optimizer:
-        raise ValueError(
-            "expected use-distributed-optimizer to be false for pipeline-schedule dualpipe, got "
-            "true; the copies of a stage would need equal shards"
-        )
 
 
 def check_microbatches(config: Any, num_microbatches: int) -> None:
