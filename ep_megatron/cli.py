@@ -160,7 +160,10 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
     compute_ms: Annotated[
         float, typer.Option(help="Milliseconds that every compute node is padded to.")
     ] = 40.0,
-    num_layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    pipeline_parallel: Annotated[int, typer.Option(help="Pipeline ranks on each host.")] = 1,
+    num_layers: Annotated[
+        int, typer.Option(help="Layers of the model; 0: two per pipeline rank.")
+    ] = 0,
     hidden: Annotated[int, typer.Option(help="Elements per token, in float32.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences of 256 tokens per micro-batch.")] = 8,
     output: Annotated[
@@ -170,8 +173,9 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
 ) -> None:
     """Measure how much communication a pipeline schedule hides, beside what the simulator says.
 
-    Two hosts are made for it (network namespaces), with one expert rank on each, joined by a slow
-    link. Real Megatron layers run, padded by sleep; gradients of all modes are compared in bits.
+    Two hosts are made for it (network namespaces), with one expert rank of each pipeline rank on
+    either, joined by a slow link. Real Megatron layers run, padded by sleep; gradients of all modes
+    are compared in bits.
     """
     import json
 
@@ -180,16 +184,18 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
     from ep_megatron.bench.pipeline import SCHEDULES, Plan, print_rows, run, to_json
     from ep_megatron.bench.pipeline_model import Sizes
 
+    stages = _positive("--pipeline-parallel", pipeline_parallel)
     plan = Plan(
         tuple(_choices("--schedule", schedule, SCHEDULES)),
         _positive("--num-microbatches", num_microbatches),
         _positive("--steps", steps),
         compute_ms,
         Sizes(
-            num_layers=_positive("--num-layers", num_layers),
+            num_layers=_positive("--num-layers", num_layers or 2 * stages),
             hidden=_positive("--hidden", hidden),
             batch=_positive("--batch", batch),
         ),
+        stages,
     )
     rows = []
     try:
