@@ -211,19 +211,11 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
 
 @app.command()
 def simulate(  # noqa: PLR0913  (every parameter is an option)
-    schedule: Annotated[
-        str, typer.Option(help="Schedules, by comma; dualpipev, with --gpus all.")
-    ] = "",
-    pipeline_parallel: Annotated[
-        str, typer.Option(help="Pipeline ranks, by comma; 4, with --gpus 2,4,8,16.")
-    ] = "",
+    schedule: Annotated[str, typer.Option(help="By comma; dualpipev, with --gpus all.")] = "",
+    pipeline_parallel: Annotated[str, typer.Option(help="Ranks, by comma; 4, or 2,4,8,16.")] = "",
     num_microbatches: Annotated[str, typer.Option(help="Micro-batches, by comma.")] = "16",
-    gpus: Annotated[
-        int | None, typer.Option(help="GPUs of a cluster, on which --global-batch is spread.")
-    ] = None,
-    global_batch: Annotated[
-        int | None, typer.Option(help="Micro-batches of a step on all --gpus together.")
-    ] = None,
+    gpus: Annotated[int, typer.Option(help="Of a cluster that shares --global-batch.")] = 0,
+    global_batch: Annotated[int, typer.Option(help="Micro-batches of a step on all --gpus.")] = 0,
     num_chunks: Annotated[
         int | None, typer.Option(help="Model chunks per rank of the interleaved schedules.")
     ] = None,
@@ -237,9 +229,7 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     overlap: Annotated[
         str, typer.Option(help="pairs; weights (behind exchanges, no pairs); none (blocking).")
     ] = "pairs",
-    host_in_step: Annotated[
-        bool, typer.Option("--host-in-step", help="The host computes itself, as on CPUs.")
-    ] = False,
+    host_in_step: Annotated[bool, typer.Option("--host-in-step", help="As on CPUs.")] = False,
     launch_late: Annotated[
         bool, typer.Option("--launch-late", help="A pair starts exchanges after both computes.")
     ] = False,
@@ -279,28 +269,19 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
             options = Options(
                 mode == "pairs", mode != "none", mode == "none", not host_in_step, not launch_late
             )
-            if (gpus is None) != (global_batch is None):
-                raise typer.BadParameter("expected --gpus and --global-batch together, got one")
-            chosen = schedule or ("" if gpus else "dualpipev")
-            names = _choices("--schedule", "" if compare else chosen, tuple(SCHEDULES))
-            ranks = pipeline_parallel or ("2,4,8,16" if gpus else "4")
             known = load_profile(profile)
             limit = None if memory_limit is None else memory_limit * command.GIB
+            chosen = schedule or ("" if gpus else "dualpipev")
             asked = cases(
-                names,
-                _numbers("--pipeline-parallel", ranks),
+                _choices("--schedule", "" if compare else chosen, tuple(SCHEDULES)),
+                _numbers("--pipeline-parallel", pipeline_parallel or ("2,4,8,16" if gpus else "4")),
                 _numbers("--num-microbatches", num_microbatches),
                 num_chunks,
                 _numbers("--expert-parallel", expert_parallel) if expert_parallel else [None],
                 _numbers("--communication-sms", communication_sms) if communication_sms else [None],
             )
-            if gpus is not None and global_batch is not None:
-                asked = cluster_cases(
-                    asked,
-                    _positive("--gpus", gpus),
-                    _positive("--global-batch", global_batch),
-                    known,
-                )
+            if gpus or global_batch:
+                asked = cluster_cases(asked, gpus, global_batch, known)
             outcomes = by_merit([run_case(c, known, options, imbalance) for c in asked], limit)
             found = command.print_plan(outcomes, console, limit)
             written = command.write_files([(f.timeline, f) for f in found], html, svg, trace)

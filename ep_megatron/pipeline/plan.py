@@ -73,7 +73,15 @@ def cluster_cases(
         num_gpus: of the cluster.
         global_batch: micro-batches of one step on all GPUs.
         profile: knows the expert-parallel size of a case that names none.
+
+    Raises:
+        ValueError: there is only one of the two.
     """
+    if num_gpus < 1 or global_batch < 1:
+        raise ValueError(
+            "simulate: expected --gpus and --global-batch to be positive and to come together, "
+            f"got {num_gpus} and {global_batch}"
+        )
     own = profile.exchange.expert_parallel if profile.exchange else 1
     for case in asked:
         data_parallel, rest = divmod(num_gpus, case.pipeline_parallel)
