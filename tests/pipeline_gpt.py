@@ -222,6 +222,7 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from ep_megatron.megatron import host
 
@@ -238,8 +239,9 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
             model_parallel_cuda_manual_seed(1)
             yield
         finally:
-            # A global of Megatron's, as long as the first model that used it has layers.
+            # Globals of Megatron's, as long as the first model that used them has layers.
             get_moe_layer_wise_logging_tracker().clear()
+            MTPLossLoggingHelper.tracker = {}
             parallel_state.destroy_model_parallel()
 
 
