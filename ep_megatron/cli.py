@@ -161,9 +161,7 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
         float, typer.Option(help="Milliseconds that every compute node is padded to.")
     ] = 40.0,
     pipeline_parallel: Annotated[int, typer.Option(help="Pipeline ranks on each host.")] = 1,
-    num_layers: Annotated[
-        int, typer.Option(help="Layers of the model; 0: two per pipeline rank.")
-    ] = 0,
+    num_layers: Annotated[int, typer.Option(help="0: two per pipeline rank.")] = 0,
     hidden: Annotated[int, typer.Option(help="Elements per token, in float32.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences of 256 tokens per micro-batch.")] = 8,
     output: Annotated[
@@ -216,9 +214,7 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     num_microbatches: Annotated[str, typer.Option(help="Micro-batches, by comma.")] = "16",
     gpus: Annotated[int, typer.Option(help="Of a cluster that shares --global-batch.")] = 0,
     global_batch: Annotated[int, typer.Option(help="Micro-batches of a step on all --gpus.")] = 0,
-    num_chunks: Annotated[
-        int | None, typer.Option(help="Model chunks per rank of the interleaved schedules.")
-    ] = None,
+    num_chunks: Annotated[int | None, typer.Option(help="Per rank, if interleaved.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="All schedules.")] = False,
     profile: Annotated[
         str, typer.Option(help="Node times: a YAML file, or deepseek-v3-h800, or unit.")
@@ -231,7 +227,7 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     ] = "pairs",
     host_in_step: Annotated[bool, typer.Option("--host-in-step", help="As on CPUs.")] = False,
     launch_late: Annotated[
-        bool, typer.Option("--launch-late", help="A pair starts exchanges after both computes.")
+        bool, typer.Option("--launch-late", help="Exchanges, in a pair.")
     ] = False,
     memory_limit: Annotated[float | None, typer.Option(help="GiB of a rank.")] = None,
     from_trace: Annotated[
