@@ -152,9 +152,7 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
     link: Annotated[
         str, typer.Option(help="Rates of the link between the two hosts, by comma.")
     ] = "200mbit,400mbit",
-    schedule: Annotated[
-        str, typer.Option(help="dualpipev, interleaved-overlap or both, by comma.")
-    ] = "",
+    schedule: Annotated[str, typer.Option(help="dualpipev, interleaved-overlap; both.")] = "",
     num_microbatches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 12,
     steps: Annotated[int, typer.Option(help="Steps of each mode; medians are reported.")] = 3,
     compute_ms: Annotated[
