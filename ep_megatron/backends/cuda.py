@@ -18,7 +18,7 @@ from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceArena, align
 from ep_megatron.backends.device_meeting import DeviceMeeting
-from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, recipe_of
+from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, limit_error, recipe_of
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle
@@ -390,16 +390,3 @@ class CudaBackend:
 
 def _address(memory: Memory | None) -> int:
     return 0 if memory is None else memory.address
-
-
-def limit_error(call: Call) -> str:
-    """Return in what a call exceeds what the kernels are made for; empty if in nothing."""
-    limits = {
-        "hidden": (call.hidden, _cuda.MAX_HIDDEN),
-        "the columns of topk_idx": (call.num_topk, _cuda.MAX_TOPK),
-        "num_experts": (call.num_experts, _cuda.MAX_EXPERTS),
-    }
-    for what, (actual, most) in limits.items():
-        if actual > most:
-            return f"expected {what} to be at most {most} for backend 'cuda', got {actual}"
-    return ""
