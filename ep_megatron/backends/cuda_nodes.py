@@ -98,7 +98,8 @@ class CudaNodesBackend:
         inner_rows, idx = self._cross(rows, plan.tokens_per_host, per_node, plan)
         counts = [count for _, count in plan.num_forwarded(everyone)]
         forwarded = idx.to(planned.topk_idx.dtype).split(counts)
-        hop = plan.hop(handle, everyone, list(forwarded))
+        hop = plan.hop(handle, everyone)
+        plan.settle(hop, everyone, forwarded)
         handle = self._on_device(replace(handle, hop=hop), routing.topk_idx.device)
         assert handle.hop is not None
         inner = handle.hop.inner
