@@ -18,6 +18,9 @@ def pretrain(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file of Megatron arguments.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(help="Restarts from the last checkpoint after a process has failed.")
+    ] = 0,
     keys: Annotated[bool, typer.Option("--keys", help="List all keys of a config.")] = False,
 ) -> None:
     """Train a GPT from a config; any key may follow, as `--num-layers 4`.
@@ -42,7 +45,8 @@ def pretrain(
             num_processes = settings.num_processes or settings.model_parallel_size
             settings.check_world_size(num_processes)
             command = ["-m", "ep_megatron.cli", "pretrain", "--config", str(config), *context.args]
-            code = run_processes(num_processes, [*command, *(["--resume"] if resume else [])])
+            command += ["--resume"] if resume else []
+            code = run_processes(num_processes, command, max_restarts)
     except (ValueError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -351,6 +355,36 @@ def doctor(
             table.add_row(finding.status, finding.name, finding.found, finding.enables, finding.fix)
         Console(markup=False).print(table)
     raise typer.Exit(0 if is_fit(findings) else 1)
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 60.0,
+    num_ranks: Annotated[int, typer.Option(help="Processes.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of rounds, faults and all numbers.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was seen.")] = None,
+) -> None:
+    """Run random calls with pauses and faults for hours, and check every result.
+
+    Ragged dispatch and combine, FP8, low latency, queued or not, over the backends for CPUs; ranks
+    are paused, stopped, killed and interrupted, and must be named. Ends with 1 if anything was
+    wrong, or memory, threads, descriptors or segments grew.
+    """
+    import json
+
+    from ep_megatron.soak.launch import soak as run
+    from ep_megatron.soak.launch import to_json, words
+
+    _positive("--num-ranks", num_ranks - 1)
+    try:
+        outcome = run(minutes, num_ranks, seed, typer.echo)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(words(outcome))
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(outcome), indent=1) + "\n")
+    raise typer.Exit(1 if outcome.problems else 0)
 
 
 def _numbers(option: str, text: str) -> list[int]:

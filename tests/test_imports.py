@@ -71,7 +71,7 @@ FLOORS = [
     {"pipeline.duties"},
     {"pipeline.forward_backward"},
     {"train"},
-    {"bench", "doctor"},
+    {"bench", "doctor", "soak"},
     {"cli"},
 ]
 # The pipeline's rooms that are about schedules, not about tensors, share the lowest floors.
@@ -96,7 +96,7 @@ for _other_floors in (SCHEDULE_FLOORS, RUNTIME_FLOORS):
     for _floor, _rooms in zip(FLOORS, _other_floors, strict=False):
         _floor |= _rooms
 # Inside these one room may use another of the same floor, as long as nothing goes in circles.
-WINGS = {"megatron", "train", "bench"}
+WINGS = {"megatron", "train", "bench", "soak"}
 
 
 def modules() -> dict[str, Path]:

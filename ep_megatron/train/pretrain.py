@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ep_megatron.train.agree import on_rank_zero
 from ep_megatron.train.config import Config
 from ep_megatron.train.folders import prepare_folders
-from ep_megatron.train.launch import is_worker
+from ep_megatron.train.launch import is_restarted, is_worker
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ def pretrain(config: Config, resume: bool = False) -> int:
 
     Args:
         config: as `load_config` returns it.
-        resume: go on from the latest checkpoint in `config.save`.
+        resume: go on from the latest checkpoint in `config.save`. Processes that torchrun has
+            started again (`--max-restarts`) do so where there is one.
 
     Returns:
         0, or the number of the signal that ended the run early.
@@ -120,15 +122,18 @@ def _build(config: Config, vocab_size: int) -> Any:
 
 
 def _run(config: Config, resume: bool) -> int:
-    from ep_megatron.train.checkpoint import load_checkpoint
+    from ep_megatron.train.checkpoint import latest_iteration, load_checkpoint
     from ep_megatron.train.data import build_data
     from ep_megatron.train.loop import train
 
+    save = config.save
+    assert save is not None
+    if is_restarted() and not resume:
+        resume = on_rank_zero(lambda: latest_iteration(save) is not None)
     prepare_folders(config, resume)
     data = build_data(config)
     run = _build(config, data.vocab_size)
-    assert config.save is not None
     if resume:
-        path = load_checkpoint(run, config.save)
+        path = load_checkpoint(run, save)
         logger.info("resumed from %s", path)
     return train(run, data)
