@@ -333,10 +333,15 @@ def scale(  # noqa: PLR0913  (every parameter is an option)
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    live: Annotated[
+        Path | None,
+        typer.Option(help="Folder of running ranks' statistics (EP_MEGATRON_STATISTICS_DIR)."),
+    ] = None,
 ) -> None:
     """Look at this machine and this installation: what is there, what it enables, how to get more.
 
-    Ends with 1 if something that is needed is missing or will fail under load.
+    Ends with 1 if something that is needed is missing or will fail under load. With --live it says
+    instead what running ranks wait for.
     """
     import json
     from dataclasses import asdict
@@ -346,6 +351,11 @@ def doctor(
 
     from ep_megatron.doctor import Machine, examine, is_fit
 
+    if live is not None:
+        from ep_megatron.live import live_report
+
+        typer.echo(live_report(live))
+        raise typer.Exit(0 if live.is_dir() else 1)
     findings = examine(Machine())
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))

@@ -24,6 +24,7 @@ FLOORS = [
     {
         "layout",
         "casts",
+        "live",
         "backends.base",
         "settings",
         "communicator",
@@ -44,6 +45,7 @@ FLOORS = [
         "backends.device_arena",
         "backends.packed_report",
         "backends.packed_window",
+        "backends.row_connections",
         "packed_arguments",
     },
     {
@@ -53,6 +55,7 @@ FLOORS = [
         "backends.wire",
         "backends.device_meeting",
         "backends.device_rows",
+        "backends.checked",
     },
     {
         "backends.hierarchical",
@@ -62,7 +65,7 @@ FLOORS = [
         "backends.packed_shared",
     },
     {"backends", "calls"},
-    {"low_latency"},
+    {"low_latency", "watched"},
     {"buffer"},
     {"autograd", "elastic", "ops", "pipeline.exchange"},
     {"experts", "deep_ep"},

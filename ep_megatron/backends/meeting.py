@@ -3,6 +3,7 @@
 What every backend needs before rows move: to set itself up, and to find out that ranks disagree.
 """
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ep_megatron.backends.base import (
 from ep_megatron.backends.waiter import Waiter, cut_off
 
 MAX_ERROR_BYTES = 512
+_WHOLE_RANK = "rank\N{NO-BREAK SPACE}"
 
 
 class Gathering(Protocol):
@@ -50,9 +52,11 @@ class Meeting:
     Attributes:
         num_calls: calls that this rank has begun to agree on.
         last_call: the last one that all ranks took part in, in words.
+        posted_at: when each rank came to it, in seconds of its own wall clock.
     """
 
     num_calls = 0
+    posted_at: Sequence[float] = ()
     last_call = "has made no call yet"
 
     def __init__(
@@ -130,16 +134,18 @@ class Meeting:
         self.num_calls += 1
         numbers = [0] * NUM_CALL_FIELDS if call is None else list(call)
         text = error.encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
-        message = torch.tensor(numbers, dtype=torch.int64).view(torch.uint8)
+        message = torch.tensor([*numbers, time.time_ns()], dtype=torch.int64).view(torch.uint8)
         message = torch.cat([message, torch.frombuffer(bytearray(text), dtype=torch.uint8)])
         answers = self.exchange(operation, message)
-        split = 8 * NUM_CALL_FIELDS
+        split = 8 * (NUM_CALL_FIELDS + 1)
+        heads = [answer[:split].clone().view(torch.int64).tolist() for answer in answers]
+        self.posted_at = [1e-9 * head.pop() for head in heads]
         reports = [
             PeerReport(
-                answer[:split].clone().view(torch.int64).tolist(),
+                head,
                 bytes(answer[split:].tolist()).rstrip(b"\0").decode(errors="replace"),
             )
-            for answer in answers
+            for head, answer in zip(heads, answers, strict=True)
         ]
         self.last_call = f"last call {self.num_calls}, {operation}"
         check_agreement(operation, reports)
@@ -170,6 +176,17 @@ class PartOfMeeting:
         """Return the `text` of every member. Collective over the whole."""
         texts = self._whole.gather_text(operation, text, num_bytes)
         return [texts[member] for member in self._members]
+
+
+def keep_numbers(text: str) -> str:
+    """Mark the ranks that a text names as ranks of the whole; `renumbered` leaves them."""
+    return text.replace("rank ", _WHOLE_RANK)
+
+
+def renumbered(text: str, members: Sequence[int]) -> str:
+    """Return a text that numbers ranks as a part of a meeting does, numbered as the whole does."""
+    found = re.sub(r"\brank (\d+)", lambda match: f"rank {members[int(match[1])]}", text)
+    return found.replace(_WHOLE_RANK, "rank ")
 
 
 def describe_late(late: Mapping[int, str], last_call: str) -> str:

@@ -4,21 +4,20 @@ A token travels once per destination rank. Expert-major rows are made, and summe
 holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ranks, H hidden.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron.arguments import check_topk_range
-from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.base import OPERATIONS, Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.meeting import Meeting, describe_late, has_gloo, wait_for_each
+from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.row_connections import RowConnections
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
     count_tokens,
@@ -29,9 +28,9 @@ from ep_megatron.layout import (
     occurs_in_row,
     round_up,
 )
+from ep_megatron.statistics import BufferStatistics, CallCounts
 
 _Result = TypeVar("_Result")
-_ROWS_TAG = 1  # of messages on the connections; 0 is the meeting's
 
 
 class ProcessGroupBackend:
@@ -48,12 +47,10 @@ class ProcessGroupBackend:
     name = "process_group"
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
-        self._group, self._timeout = group, timeout
         self._meeting = Meeting(group, timeout, is_private=True)
-        # Rows to higher ranks go over one, to lower ranks over the other: gloo answers "ready to
-        # receive" on the connection that carries rows, where it would queue behind them.
-        self._down = Meeting(group, timeout, is_private=True) if has_gloo(group) else None
+        self._rows = RowConnections(group, self._meeting)
         self.rank, self.num_ranks = self._meeting.rank, self._meeting.num_ranks
+        self._counts = CallCounts(self.rank, self.num_ranks)
         self._num_calls = 0
         self._broken = ""
 
@@ -73,6 +70,7 @@ class ProcessGroupBackend:
             if announce is not None:
                 announce(received, handle)
             self._deliver(rows, handle, received)
+        self._count("dispatch")
         return received, handle
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
@@ -92,6 +90,7 @@ class ProcessGroupBackend:
                 weights = self._send(rows.topk_weights, handle)
                 received.rows.topk_weights.copy_(self._local_weights(weights, handle))
             self._deliver(rows, handle, received.rows)
+        self._count("cached dispatch")
         return received.rows
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
@@ -111,6 +110,7 @@ class ProcessGroupBackend:
         self._agree("combine", Call.of("combine", rows, handle))
         with self._taking_part():
             self._sum(rows, handle, biases, (out, out_weights))
+        self._count("combine")
         return out, out_weights
 
     def fail(self, operation: str, error: str) -> None:
@@ -124,9 +124,7 @@ class ProcessGroupBackend:
     def interrupt(self) -> None:
         """See `Backend.interrupt`. Waits of rows on a GPU end at their deadline."""
         self._broken = self._broken or "a call was interrupted"
-        self._meeting.interrupt()
-        if self._down is not None:
-            self._down.interrupt()
+        self._rows.interrupt()
 
     def limit_threads(self, num_threads: int) -> None:
         """See `Backend.limit_threads`. The threads are torch's, which are not this room's."""
@@ -134,6 +132,14 @@ class ProcessGroupBackend:
     def close(self) -> None:
         """See `Backend.close`. The connections end with the object."""
         self._broken = self._broken or "it was destroyed"
+
+    def statistics(self) -> BufferStatistics:
+        """See `CountingBackend`."""
+        return BufferStatistics(self.rank, self._counts.operations(OPERATIONS))
+
+    def _count(self, operation: str) -> None:
+        moved = self._rows.num_bytes[operation == "combine"]
+        self._counts.add(operation, self._meeting.posted_at, moved)
 
     @contextmanager
     def _taking_part(self) -> Iterator[None]:
@@ -155,6 +161,7 @@ class ProcessGroupBackend:
                 f"({self._broken}); make a new Buffer"
             )
         self._num_calls += 1
+        self._rows.start_counting()
         self._waiting(lambda: self._meeting.agree(operation, call, error))
 
     def _waiting(self, wait: Callable[[], _Result]) -> _Result:
@@ -250,60 +257,7 @@ class ProcessGroupBackend:
     def _all_to_all(
         self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
     ) -> Tensor:
-        received = values.new_empty(sum(recv_counts), *values.shape[1:])
-        # Without elements any strides count as contiguous, but not every view of them is allowed.
-        dense = values.contiguous() if values.numel() else values.new_empty(values.shape)
-        # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
-        to, sent = (tensor.flatten(1).view(torch.uint8) for tensor in (received, dense))
-        deadline = time.monotonic() + self._timeout
-        late: dict[int, str] = {}
-        if self._down is not None and values.device.type == "cpu":
-            parts = to.split(recv_counts), sent.split(send_counts)
-            works = self._post(*parts, self._down.gloo, late)
-            self._meeting.wait(lambda: wait_for_each(works, late, deadline), self.interrupt)
-        else:
-            self._over_group(to, sent, (list(recv_counts), list(send_counts)))
-        if late:
-            raise self._no_rows(f"none from {describe_late(late, self._meeting.last_call)}")
-        return received
-
-    def _over_group(self, to: Tensor, sent: Tensor, counts: tuple[list[int], list[int]]) -> None:
-        """Move rows over the caller's group, which does not say whose are missing."""
-        try:
-            work = self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())
-            work.wait(timedelta(seconds=self._timeout))
-        except RuntimeError as error:
-            raise self._no_rows(str(error).splitlines()[0]) from error
-
-    def _no_rows(self, actual: str) -> RuntimeError:
-        self._broken = "its rows did not come"
-        return RuntimeError(
-            f"process_group: rank {self.rank} expected its rows of call {self._num_calls} within "
-            f"{self._timeout:g} s, got {actual}; a rank stopped between the count exchange and "
-            "the rows. This Buffer and its process group cannot go on"
-        )
-
-    def _post(
-        self, receives: Sequence[Tensor], sends: Sequence[Tensor], down: Any, late: dict[int, str]
-    ) -> list[tuple[int, Any]]:
-        """Start to move each rank's part, every receive before a send; return what to wait for.
-
-        Ranks whose connection is gone already are noted in `late`.
-        """
-        up = self._meeting.gloo
-        works: list[tuple[int, Any]] = []
-        receives[self.rank].copy_(sends[self.rank])
-        for is_receive, parts in ((True, receives), (False, sends)):
-            for peer, part in enumerate(parts):
-                if peer == self.rank or len(part) == 0:
-                    continue
-                group = up if (peer > self.rank) != is_receive else down
-                post = group.recv if is_receive else group.send
-                try:
-                    works.append((peer, post([part], peer, _ROWS_TAG)))
-                except RuntimeError as error:
-                    late[peer] = str(error)
-        return works
+        return self._waiting(lambda: self._rows.exchange(values, send_counts, recv_counts))
 
     def _by_rank(self, returned: Tensor, handle: DispatchHandle) -> list[tuple[Tensor, Tensor]]:
         """Split what came back into (tokens, rows) of each rank, in ascending rank order."""

@@ -144,6 +144,7 @@ def _take(
         rows, _, _, _, _, event = buffer.dispatch(x, handle=handle, async_finish=step.is_queued)
         if step.is_queued:
             event.current_stream_wait()
+    assert isinstance(rows, Tensor)
     combined, _, event = buffer.combine(rows, handle, async_finish=step.is_queued)
     if step.is_queued:
         event.current_stream_wait()

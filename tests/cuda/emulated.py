@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
+from ep_megatron.backends.base import Call
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.device import HostMemory, Launch, Memory
 from ep_megatron.backends.meeting import Meeting
@@ -222,6 +223,13 @@ class ThreadReference(ProcessGroupBackend):
         self._meeting = ThreadMeeting(rank, table)
         self.rank, self.num_ranks = rank, len(table.messages)
         self._num_calls, self._broken, self._table = 0, "", table
+
+    def _agree(self, operation: str, call: Call | None, error: str = "") -> None:
+        self._num_calls += 1
+        self._meeting.agree(operation, call, error)
+
+    def _count(self, operation: str) -> None:
+        """A reference counts nothing."""
 
     def _all_to_all(
         self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
