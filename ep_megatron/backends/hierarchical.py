@@ -21,7 +21,13 @@ from ep_megatron.backends.arrival import arrival_along
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
 from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, sum_weights
-from ep_megatron.backends.meeting import Gathering, PartOfMeeting, keep_numbers, renumbered
+from ep_megatron.backends.meeting import (
+    Gathering,
+    PartOfMeeting,
+    check_process,
+    keep_numbers,
+    renumbered,
+)
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
 from ep_megatron.backends.wire import Message, Status, Transfer, Wire
 from ep_megatron.config import BufferConfig
@@ -373,11 +379,7 @@ class HierarchicalBackend:
                 f"{operation}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"{operation}: expected the process that made the Buffer ({self._process}), got a "
-                f"fork of it ({os.getpid()}); make a Buffer in this process"
-            )
+        check_process(operation, self._process)
         self._num_calls += 1
         try:
             return self._wire.agree(operation, call, counts, error)

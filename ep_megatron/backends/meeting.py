@@ -3,6 +3,7 @@
 What every backend needs before rows move: to set itself up, and to find out that ranks disagree.
 """
 
+import os
 import re
 import secrets
 import time
@@ -176,6 +177,15 @@ class PartOfMeeting:
         """Return the `text` of every member. Collective over the whole."""
         texts = self._whole.gather_text(operation, text, num_bytes)
         return [texts[member] for member in self._members]
+
+
+def check_process(operation: str, process: int) -> None:
+    """Raise in a fork of the process that made a Buffer: its connections are the parent's."""
+    if os.getpid() != process:
+        raise RuntimeError(
+            f"{operation}: expected the process that made the Buffer ({process}), got a fork of it "
+            f"({os.getpid()}); make a Buffer in this process"
+        )
 
 
 def keep_numbers(text: str) -> str:

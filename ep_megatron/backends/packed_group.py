@@ -4,6 +4,7 @@ A sending half posts a header and one message of rows to every rank; the receivi
 the headers, checks that the ranks agree, and then takes the rows. CPU tensors only.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 from ep_megatron import casts
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import PeerReport
-from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Meeting
+from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Meeting, check_process
 from ep_megatron.backends.packed import (
     NUM_FIELDS,
     LowLatencyCall,
@@ -66,7 +67,7 @@ class PackedGroup:
         self._meeting = Meeting(group, timeout, is_private=True)
         self._gloo, self.rank = self._meeting.gloo, self._meeting.rank
         self.num_ranks = self._meeting.num_ranks
-        self._num_calls, self._broken = 0, ""
+        self._num_calls, self._broken, self._process = 0, "", os.getpid()
         self._last_calls = ["has made no low-latency call yet"] * self.num_ranks
         self._masked = [0] * self.num_ranks
         self._pending: dict[int, _Pending] = {}
@@ -245,6 +246,7 @@ class PackedGroup:
                 f"{name}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
+        check_process(name, self._process)
         number = self._num_calls + 1
         if number - 2 in self._pending:
             raise too_many_pending(name)

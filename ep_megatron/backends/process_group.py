@@ -4,6 +4,7 @@ A token travels once per destination rank. Expert-major rows are made, and summe
 holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ranks, H hidden.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import OPERATIONS, Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.meeting import Meeting, check_process
 from ep_megatron.backends.row_connections import RowConnections
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
@@ -52,7 +53,7 @@ class ProcessGroupBackend:
         self.rank, self.num_ranks = self._meeting.rank, self._meeting.num_ranks
         self._counts = CallCounts(self.rank, self.num_ranks)
         self._num_calls = 0
-        self._broken = ""
+        self._broken, self._process = "", os.getpid()
 
     def dispatch(
         self, rows: Rows, routing: Routing, announce: Announce | None = None
@@ -160,6 +161,7 @@ class ProcessGroupBackend:
                 f"{operation}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
+        check_process(operation, self._process)
         self._num_calls += 1
         self._rows.start_counting()
         self._waiting(lambda: self._meeting.agree(operation, call, error))
