@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ep_megatron.train.checkpoint import latest_iteration
 from ep_megatron.train.config import Config, load_config, make_config, parse_overrides
 from ep_megatron.train.section import to_key
 from tests.test_train_config import SMALL
@@ -86,6 +87,14 @@ def test_any_words_of_a_command_line(words: list[str]) -> None:
     values = parse_overrides(words)
     assert all(isinstance(key, str) for key in values)
     yaml.safe_dump(sorted(values))
+
+
+@pytest.mark.parametrize("text", ["many", "", "-4", "1e3", "\0\0\0\0"])
+def test_a_damaged_name_of_the_latest_checkpoint_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoint: expected .* to hold a number, got "):
+        latest_iteration(tmp_path)
+    assert latest_iteration(tmp_path / "none") is None
 
 
 @pytest.mark.megatron

@@ -118,7 +118,7 @@ def forget_buffers(rank: int) -> None:
 @pytest.mark.parametrize("backend", ["shared_memory", "process_group", "hierarchical"])
 def test_all_ranks_raise_alike_and_go_on(backend: str) -> None:
     @settings(
-        max_examples=120,
+        max_examples=50,
         deadline=None,
         derandomize=True,
         database=None,

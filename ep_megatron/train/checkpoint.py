@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron.train.config import Config
+from ep_megatron.train.orphans import start_checkpoint_process
 from ep_megatron.train.step import Run
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -57,6 +58,7 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
+    start_checkpoint_process()
     dist_checkpointing.save(_state(run, is_loading=False), str(writing))
     dist.barrier()
     if dist.get_rank() == 0:

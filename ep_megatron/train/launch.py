@@ -16,9 +16,9 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def is_restarted() -> bool:
-    """Return whether torchrun has started this process again after one has failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def num_restarts() -> int:
+    """Return how often torchrun has started this process again because one has failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def run_processes(num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> int:

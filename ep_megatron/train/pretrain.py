@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ep_megatron.train.agree import on_rank_zero
 from ep_megatron.train.config import Config
 from ep_megatron.train.folders import prepare_folders
-from ep_megatron.train.launch import is_restarted, is_worker
+from ep_megatron.train.launch import is_worker, num_restarts
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ def _set_up(config: Config) -> None:
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", timeout=timeout)
+        _join("nccl", timeout)
     else:
         # Compiling Megatron's fused functions for a CPU takes longer than they ever save.
         torch.compiler.set_stance("force_eager")
-        dist.init_process_group("gloo", timeout=timeout)
+        _join("gloo", timeout)
 
     from ep_megatron.megatron.host import install as install_host
 
@@ -86,6 +86,16 @@ def _set_up(config: Config) -> None:
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     _seed(config.seed)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the process group; each restart under keys of its own.
+
+    A restarted process may find the store of the processes before it, with their addresses in it.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"ep_megatron/restart{num_restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _seed(seed: int) -> None:
@@ -128,7 +138,7 @@ def _run(config: Config, resume: bool) -> int:
 
     save = config.save
     assert save is not None
-    if is_restarted() and not resume:
+    if num_restarts() and not resume:
         resume = on_rank_zero(lambda: latest_iteration(save) is not None)
     prepare_folders(config, resume)
     data = build_data(config)
