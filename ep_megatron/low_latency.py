@@ -322,6 +322,8 @@ class LowLatencyVerbs:
 
     def _count_waits(self, call: LowLatencyCall, waited: Tensor, topk_idx: Tensor) -> None:
         """Count a call: what it waited for, and rows sent (dispatch) or read (combine) by rank."""
+        if topk_idx.device.type != "cpu":
+            return  # to look at what a GPU has would be to wait for it
         width = 2 * call.hidden
         if call.recipe is not None:
             width = call.hidden + 4 * call.recipe.num_scales(call.hidden)

@@ -48,6 +48,11 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
         hosts = meeting.gather_text("Buffer", host_id(config), MAX_HOST_ID_BYTES)
     if backend == "auto":
         backend, reason = _best(group, hosts)
+    if backend == "cuda" and checked.is_asked_for(config):
+        raise NotImplementedError(
+            "Buffer: expected check_rows to be False with backend 'cuda', got True; rows of CPU "
+            "ranks are checked"
+        )
     made: Backend
     # Only here: a machine without the compiled extension still has the process group.
     if backend == "shared_memory":
