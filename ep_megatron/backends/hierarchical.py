@@ -65,8 +65,7 @@ class HierarchicalBackend:
         self, rows: Rows, routing: Routing, announce: Announce | None = None
     ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`; `announce` is called once rows have come from other hosts."""
-        operation = "dispatch"
-        rows, routing = rows.contiguous(), routing.contiguous()
+        operation, rows, routing = "dispatch", rows.contiguous(), routing.contiguous()
         try:
             check_topk_range(operation, routing.topk_idx, routing.num_experts)
         except ValueError as error:
@@ -243,8 +242,7 @@ class HierarchicalBackend:
             if widths
             else []
         )
-        counts = [count for _, count in num_forwarded]
-        idx = [] if plan is None else list(columns.pop(0).split(counts))
+        idx = [] if plan is None else list(columns.pop(0).split([n for _, n in num_forwarded]))
         weights = scales = None
         if rows.topk_weights is not None:
             weights = torch.cat([rows.topk_weights, columns.pop(0)])

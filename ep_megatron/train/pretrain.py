@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ep_megatron.train.agree import on_rank_zero
 from ep_megatron.train.config import Config
@@ -93,8 +95,8 @@ def _join(backend: str, timeout: timedelta) -> None:
 
     A restarted process may find the store of the processes before it, with their addresses in it.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"ep_megatron/restart{num_restarts()}", store)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(f"ep_megatron/restart{num_restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
