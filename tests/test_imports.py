@@ -75,6 +75,7 @@ FLOORS = [
     {"pipeline.forward_backward"},
     {"train"},
     {"bench", "doctor", "soak"},
+    {"cli_care"},
     {"cli"},
 ]
 # The pipeline's rooms that are about schedules, not about tensors, share the lowest floors.

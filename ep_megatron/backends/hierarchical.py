@@ -100,8 +100,7 @@ class HierarchicalBackend:
         self, rows: Rows, handle: DispatchHandle, received: Received | None = None
     ) -> Rows:
         """See `Backend.dispatch_again`."""
-        operation = "cached dispatch"
-        rows = rows.contiguous()
+        operation, rows = "cached dispatch", rows.contiguous()
         hop = self._hop_of(operation, handle)
         self._agree(operation, Call.of(operation, rows, handle))
         inner_rows, _ = self._cross(
