@@ -4,7 +4,9 @@ A sending half posts a header and one message of rows to every rank; the receivi
 the headers, checks that the ranks agree, and then takes the rows. CPU tensors only.
 """
 
+import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ from ep_megatron.packed_arguments import check_counts
 
 _HEADER_BYTES = 8 * (NUM_FIELDS + 1) + MAX_ERROR_BYTES
 _NUM_TAGS = 1 << 20
+_SECONDS_TO_LEAVE = 5.0
 
 
 @dataclass
@@ -63,6 +66,7 @@ class PackedGroup:
     device_type = "cpu"
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, enable_shrink: bool) -> None:
+        self._broken = "it was never made"
         self._timeout, self._enable_shrink = timeout, enable_shrink
         self._meeting = Meeting(group, timeout, is_private=True)
         self._gloo, self.rank = self._meeting.gloo, self._meeting.rank
@@ -222,7 +226,23 @@ class PackedGroup:
 
     def close(self) -> None:
         """See `LowLatencyBackend.close`. The connections end with the object."""
+        self._let_go()
         self._broken = self._broken or "it was destroyed"
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give what was sent last a moment to leave: others may still be about to receive it."""
+        if self._broken or os.getpid() != self._process:
+            return
+        deadline = time.monotonic() + _SECONDS_TO_LEAVE
+        for sent in self._sent.values():
+            for _, _, work in sent.works:
+                with contextlib.suppress(RuntimeError):
+                    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        self._sent.clear()
 
     def _or_fail(self, name: str, check: Callable[[], None]) -> None:
         """Run `check()`; if it fails, let the other ranks hear of it before raising."""
