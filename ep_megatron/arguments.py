@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ep_megatron import fp8
-from ep_megatron.backends.base import DTYPES, Routing, Rows
+from ep_megatron.backends.base import DTYPES, MAX_EXPERTS, Routing, Rows
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import AnyHandle, CapacityHandle, DispatchHandle
 
 SUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_ROWS = (1 << 31) - 1  # addresses are int32
-MAX_EXPERTS = 16384
 MAX_TOPK = 128
 
 

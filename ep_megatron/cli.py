@@ -158,15 +158,14 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
     link: Annotated[
         str, typer.Option(help="Rates of the link between the two hosts, by comma.")
     ] = "200mbit,400mbit",
-    schedule: Annotated[
-        str, typer.Option(help="dualpipev, interleaved-overlap or both, by comma.")
-    ] = "",
+    schedule: Annotated[str, typer.Option(help="dualpipev, interleaved-overlap; both.")] = "",
     num_microbatches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 12,
     steps: Annotated[int, typer.Option(help="Steps of each mode; medians are reported.")] = 3,
     compute_ms: Annotated[
         float, typer.Option(help="Milliseconds that every compute node is padded to.")
     ] = 40.0,
-    num_layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    pipeline_parallel: Annotated[int, typer.Option(help="Pipeline ranks on each host.")] = 1,
+    num_layers: Annotated[int, typer.Option(help="0: two per pipeline rank.")] = 0,
     hidden: Annotated[int, typer.Option(help="Elements per token, in float32.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences of 256 tokens per micro-batch.")] = 8,
     output: Annotated[
@@ -176,8 +175,9 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
 ) -> None:
     """Measure how much communication a pipeline schedule hides, beside what the simulator says.
 
-    Two hosts are made for it (network namespaces), with one expert rank on each, joined by a slow
-    link. Real Megatron layers run, padded by sleep; gradients of all modes are compared in bits.
+    Two hosts are made for it (network namespaces), with one expert rank of each pipeline rank on
+    either, joined by a slow link. Real Megatron layers run, padded by sleep; gradients of all modes
+    are compared in bits.
     """
     import json
 
@@ -186,16 +186,18 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
     from ep_megatron.bench.pipeline import SCHEDULES, Plan, print_rows, run, to_json
     from ep_megatron.bench.pipeline_model import Sizes
 
+    stages = _positive("--pipeline-parallel", pipeline_parallel)
     plan = Plan(
         tuple(_choices("--schedule", schedule, SCHEDULES)),
         _positive("--num-microbatches", num_microbatches),
         _positive("--steps", steps),
         compute_ms,
         Sizes(
-            num_layers=_positive("--num-layers", num_layers),
+            num_layers=_positive("--num-layers", num_layers or 2 * stages),
             hidden=_positive("--hidden", hidden),
             batch=_positive("--batch", batch),
         ),
+        stages,
     )
     rows = []
     try:
@@ -211,12 +213,12 @@ def bench_pipeline(  # noqa: PLR0913  (every parameter is an option)
 
 @app.command()
 def simulate(  # noqa: PLR0913  (every parameter is an option)
-    schedule: Annotated[str, typer.Option(help="Schedules, separated by commas.")] = "dualpipev",
-    pipeline_parallel: Annotated[str, typer.Option(help="Pipeline ranks, by comma.")] = "4",
+    schedule: Annotated[str, typer.Option(help="By comma; dualpipev, with --gpus all.")] = "",
+    pipeline_parallel: Annotated[str, typer.Option(help="Ranks, by comma; 4, or 2,4,8,16.")] = "",
     num_microbatches: Annotated[str, typer.Option(help="Micro-batches, by comma.")] = "16",
-    num_chunks: Annotated[
-        int | None, typer.Option(help="Model chunks per rank of the interleaved schedules.")
-    ] = None,
+    gpus: Annotated[int, typer.Option(help="Of a cluster that shares --global-batch.")] = 0,
+    global_batch: Annotated[int, typer.Option(help="Micro-batches of a step on all --gpus.")] = 0,
+    num_chunks: Annotated[int | None, typer.Option(help="Per rank, if interleaved.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="All schedules.")] = False,
     profile: Annotated[
         str, typer.Option(help="Node times: a YAML file, or deepseek-v3-h800, or unit.")
@@ -227,11 +229,9 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     overlap: Annotated[
         str, typer.Option(help="pairs; weights (behind exchanges, no pairs); none (blocking).")
     ] = "pairs",
-    host_in_step: Annotated[
-        bool, typer.Option("--host-in-step", help="The host computes itself, as on CPUs.")
-    ] = False,
+    host_in_step: Annotated[bool, typer.Option("--host-in-step", help="As on CPUs.")] = False,
     launch_late: Annotated[
-        bool, typer.Option("--launch-late", help="A pair starts exchanges after both computes.")
+        bool, typer.Option("--launch-late", help="Exchanges, in a pair.")
     ] = False,
     memory_limit: Annotated[float | None, typer.Option(help="GiB of a rank.")] = None,
     from_trace: Annotated[
@@ -253,7 +253,7 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
     from rich.console import Console
 
     from ep_megatron.pipeline import command
-    from ep_megatron.pipeline.plan import by_merit, cases, run_case
+    from ep_megatron.pipeline.plan import by_merit, cases, cluster_cases, run_case
     from ep_megatron.pipeline.profile import load_profile
     from ep_megatron.pipeline.program import Options
     from ep_megatron.pipeline.schedule import SCHEDULES
@@ -269,17 +269,19 @@ def simulate(  # noqa: PLR0913  (every parameter is an option)
             options = Options(
                 mode == "pairs", mode != "none", mode == "none", not host_in_step, not launch_late
             )
-            names = _choices("--schedule", "" if compare else schedule, tuple(SCHEDULES))
             known = load_profile(profile)
             limit = None if memory_limit is None else memory_limit * command.GIB
+            chosen = schedule or ("" if gpus else "dualpipev")
             asked = cases(
-                names,
-                _numbers("--pipeline-parallel", pipeline_parallel),
+                _choices("--schedule", "" if compare else chosen, tuple(SCHEDULES)),
+                _numbers("--pipeline-parallel", pipeline_parallel or ("2,4,8,16" if gpus else "4")),
                 _numbers("--num-microbatches", num_microbatches),
                 num_chunks,
                 _numbers("--expert-parallel", expert_parallel) if expert_parallel else [None],
                 _numbers("--communication-sms", communication_sms) if communication_sms else [None],
             )
+            if gpus or global_batch:
+                asked = cluster_cases(asked, gpus, global_batch, known)
             outcomes = by_merit([run_case(c, known, options, imbalance) for c in asked], limit)
             found = command.print_plan(outcomes, console, limit)
             written = command.write_files([(f.timeline, f) for f in found], html, svg, trace)

@@ -90,7 +90,7 @@ def _strike_inside(buffer: Buffer, moment: Moment, fault: str, handle: Any) -> N
         return
     owner, name = backend, "_deliver"
     if buffer.backend == "process_group" and moment.call == "combine":
-        name = "_reduce_rows"
+        name = "_send_back"
     elif buffer.backend == "hierarchical":
         is_combine = moment.call == "combine"
         owner, name = (backend._inside, "combine") if is_combine else (backend, "_cross")

@@ -61,10 +61,13 @@ def build_gpt(
 
     from ep_megatron.train.layer_spec import build_layer_specs
 
-    spec, _ = build_layer_specs(config, "local", vp_stage, pp_rank)
+    spec, mtp = build_layer_specs(
+        config, "local", vp_stage, pp_rank, has_loss=more.get("post_process", True)
+    )
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
+        mtp_block_spec=mtp,
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
@@ -118,6 +121,9 @@ def global_names(model: Any) -> Iterator[tuple[str, Any]]:
         if name.startswith("decoder.layers."):
             layer = model.decoder.layers[int(parts[2])]
             parts[2] = str(layer.layer_number)
+        elif name.startswith("mtp.layers."):
+            layer = model.mtp.layers[int(parts[2])].transformer_layer
+        if "layers" in parts:
             if "local_experts" in parts:
                 at = parts.index("local_experts") + 1
                 parts[at] = str(layer.mlp.local_expert_indices[int(parts[at])])
@@ -185,11 +191,13 @@ def whole_model(
     Collective over the expert-parallel ranks. Of all micro-batches, or of those in `only`.
     """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
     model = build_gpt(config_of(shape, whole_layout()), shape, pp_rank=0)
     losses = []
     data = microbatches(shape, data_rank)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / shape.num_microbatches)
+    for scaler in (MoEAuxLossAutoScaler, MTPLossAutoScaler):
+        scaler.set_loss_scale(torch.ones(1) / shape.num_microbatches)
     for microbatch in range(shape.num_microbatches):
         if only is not None and microbatch not in only:
             next(data)
@@ -214,6 +222,7 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from ep_megatron.megatron import host
 
@@ -230,8 +239,9 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
             model_parallel_cuda_manual_seed(1)
             yield
         finally:
-            # A global of Megatron's, as long as the first model that used it has layers.
+            # Globals of Megatron's, as long as the first model that used them has layers.
             get_moe_layer_wise_logging_tracker().clear()
+            MTPLossLoggingHelper.tracker = {}
             parallel_state.destroy_model_parallel()
 
 

@@ -35,6 +35,7 @@ FLOORS = [
         "arguments",
         "backends.meeting",
         "backends.casting",
+        "backends.expert_major",
         "backends.gpu",
         "backends.packed",
         "scale_picture",
@@ -45,7 +46,6 @@ FLOORS = [
         "backends.device_arena",
         "backends.packed_report",
         "backends.packed_window",
-        "backends.row_connections",
         "packed_arguments",
     },
     {
@@ -91,7 +91,7 @@ SCHEDULE_FLOORS = [
 # Those that run schedules, as far as they know nothing of a Buffer.
 RUNTIME_FLOORS = [
     {"pipeline.weight_grad", "pipeline.recompute", "pipeline.p2p"},
-    {"pipeline.observer"},
+    {"pipeline.observer", "pipeline.prediction"},
     {"pipeline.nodes"},
     {"pipeline.placement", "pipeline.runtime"},
     {"pipeline.copies"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ep_megatron import Buffer, EventHandle, EventOverlap, _cpu
-from ep_megatron.arguments import MAX_EXPERTS
+from ep_megatron.backends.base import MAX_EXPERTS
 from ep_megatron.layout import (
     count_tokens,
     deduplicated_routes,

@@ -176,6 +176,25 @@ def test_a_late_rank_is_named() -> None:
     assert "rank 0" in error
 
 
+def _late_copy(rank: int) -> str:
+    from ep_megatron.pipeline.p2p import swap
+
+    mine, other = torch.ones(3), torch.empty(3)
+    if rank == 0:
+        time.sleep(8)
+        swap(dist.group.WORLD, [mine], [other], 60.0)  # type: ignore[arg-type]
+        return ""
+    with pytest.raises(RuntimeError) as error:
+        swap(dist.group.WORLD, [mine], [other], 1.0)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+def test_a_late_copy_of_a_stage_is_named() -> None:
+    _, error = run_on_ranks(2, _late_copy)
+    assert "within 1 s" in error
+    assert "pipeline rank 0 (rank 0 of the world)" in error
+
+
 def _recorded(rank: int, folder: str, shape: Shape) -> Any:
     from megatron.core import parallel_state
 

@@ -6,6 +6,7 @@ embeddings are summed in another order than autograd's, and are compared to a to
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.megatron_gpt import Layout
 from tests.pipeline_gpt import (
     BATCH,
     SEQUENCE,
+    WAIT,
     Shape,
     build_chunks,
     build_gpt,
@@ -93,6 +95,9 @@ CASES = {
 }
 
 
+TWO_WAY = Case("dualpipe", options={"mtp_num_layers": 1})
+
+
 def _wrap(case: Case, models: list[Any], num_copies: int = 1) -> tuple[list[Any], Any]:
     """Return the models in DistributedDataParallel and their optimizer.
 
@@ -108,7 +113,9 @@ def _wrap(case: Case, models: list[Any], num_copies: int = 1) -> tuple[list[Any]
         bucket_size=2000,
     )
     wrapped = [
-        DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=index > 0)
+        DistributedDataParallel(
+            model.config, ddp_config, model, disable_bucketing=index > 0 or case.name == "dualpipe"
+        )
         for index, model in enumerate(models)
     ]
     optimizer_config = OptimizerConfig(
@@ -195,3 +202,39 @@ def _train(rank: int, case: Case) -> float:
 def test_parameters_are_those_of_megatrons_own_schedule(case: Case) -> None:
     worst = run_on_ranks(4, _train, case)
     assert max(worst) <= case.tolerance
+
+
+def _train_two_ways(rank: int) -> int:
+    """Train with whole optimizers and with sharded ones; return how many parameters agree."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    from ep_megatron.pipeline.forward_backward import get_forward_backward_func
+    from ep_megatron.pipeline.p2p import swap
+
+    found: list[list[dict[str, torch.Tensor]]] = []
+    for is_sharded in (False, True):
+        case = dataclasses.replace(TWO_WAY, distributed_optimizer=is_sharded)
+        with pipeline_ranks(case.name, case.layout):
+            data_rank = parallel_state.get_data_parallel_rank()
+            models, optimizer = _wrap(case, build_chunks(case.name, case.shape, case.layout))
+            for model in models:
+                model.config.finalize_model_grads_func = finalize_model_grads
+            data = [microbatches(case.shape, data_rank) for _ in models]
+            for _ in range(NUM_STEPS):
+                _step(get_forward_backward_func(case.name, timeout=WAIT), models, optimizer, data)
+            chunks = [dict(global_names(model.module)) for model in models]
+            mine, other = ([p.detach() for p in chunk.values()] for chunk in chunks)
+            copies = [torch.empty_like(tensor) for tensor in other]
+            swap(parallel_state.get_pipeline_model_parallel_group(), mine, copies, WAIT)
+            for copy, (name, parameter) in zip(copies, chunks[1].items(), strict=True):
+                assert torch.equal(copy, parameter), (is_sharded, name)
+            found.append([{n: p.detach().clone() for n, p in c.items()} for c in chunks])
+    for whole, sharded in zip(*found, strict=True):
+        for name, parameter in whole.items():
+            assert torch.equal(parameter, sharded[name]), name
+    return sum(len(chunk) for chunk in found[0])
+
+
+def test_copies_of_a_stage_stay_equal_and_a_sharded_optimizer_changes_nothing() -> None:
+    assert min(run_on_ranks(4, _train_two_ways)) > 20

@@ -18,7 +18,7 @@ from ep_megatron.pipeline.costs import (
     profile_costs,
 )
 from ep_megatron.pipeline.measures import length, measure, union, without
-from ep_megatron.pipeline.plan import Case, by_merit, cases, run_case
+from ep_megatron.pipeline.plan import Case, by_merit, cases, cluster_cases, run_case
 from ep_megatron.pipeline.profile import PROFILES, Profile, load_profile, make_profile
 from ep_megatron.pipeline.program import Options, describe, program
 from ep_megatron.pipeline.schedule import SCHEDULES, Schedule, make_schedule
@@ -451,6 +451,19 @@ def test_a_plan_answers_with_the_best_first() -> None:
     assert refused.simulation is None
     assert "to be even, got 3" in refused.reason
     assert by_merit([refused, *outcomes])[-1] is refused
+
+
+def test_a_cluster_and_a_batch_admit_what_divides_them() -> None:
+    asked = list(cases(["dualpipev"], [3, 4, 8, 256], [1], None, [8, 64], [None]))
+    # 64 / 3 is no number of GPUs; 64 / 256 is none at all; 64 / 4 and 64 / 8 hold no 64 experts.
+    found = list(cluster_cases(iter(asked), 64, 512, DEEPSEEK))
+    assert [(c.pipeline_parallel, c.num_microbatches) for c in found] == [(4, 32), (8, 64)]
+    assert {c.expert_parallel for c in found} == {8}
+    assert not list(cluster_cases(iter(asked), 64, 510, DEEPSEEK))
+    outcomes = [run_case(case, DEEPSEEK, Options()) for case in found]
+    # All GPUs work on the same batch, so the shortest step has most tokens per second and GPU.
+    steps = [o.simulation.step_time for o in by_merit(outcomes) if o.simulation]
+    assert steps == sorted(steps)
 
 
 def test_too_few_sms_and_too_many_both_cost() -> None:

@@ -24,6 +24,7 @@ DTYPES = (
     torch.int64,
 )
 OPERATIONS = ("dispatch", "cached dispatch", "combine")
+MAX_EXPERTS = 16384  # on all ranks; messages have room for as many counts
 
 
 @dataclass(frozen=True)

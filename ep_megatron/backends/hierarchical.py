@@ -64,7 +64,7 @@ class HierarchicalBackend:
     def dispatch(
         self, rows: Rows, routing: Routing, announce: Announce | None = None
     ) -> tuple[Rows, DispatchHandle]:
-        """See `Backend.dispatch`; `announce` is called once rows have come from other hosts."""
+        """See `Backend.dispatch`."""
         operation, rows, routing = "dispatch", rows.contiguous(), routing.contiguous()
         try:
             check_topk_range(operation, routing.topk_idx, routing.num_experts)
@@ -75,17 +75,17 @@ class HierarchicalBackend:
         everyone = self._agree(operation, Call.of(operation, rows, routing), plan.counts())
         assert everyone is not None
         handle = plan.handle(self._num_calls, everyone)
-        num_forwarded = plan.num_forwarded(everyone)
-        inner_rows, forwarded_idx = self._cross(
-            operation, cast_rows(rows), plan.tokens_per_host, num_forwarded, plan
-        )
-        forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
-        hop = plan.hop(handle, everyone, forwarded_idx)
+        hop = plan.hop(handle, everyone)
         handle = replace(handle, hop=hop)
         place = None
         if announce is not None:
-            place = self._place(rows, inner_rows, hop, with_idx=True)
+            place = self._place(rows, hop, with_idx=True)
             announce(place.rows, handle)
+        inner_rows, forwarded_idx = self._cross(
+            operation, cast_rows(rows), plan.tokens_per_host, hop.num_forwarded, plan
+        )
+        forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
+        plan.settle(hop, everyone, forwarded_idx)
         received = self._spread(operation, rows, inner_rows, hop, place, with_idx=True)
         self._wire.count(operation)
         return received, handle
@@ -94,7 +94,7 @@ class HierarchicalBackend:
         """See `Backend.new_received`."""
         if handle.hop is None:  # of another backend: the call will say so, on every rank
             return Received(Rows(*rows.new_arrived(handle.num_recv_rows)))
-        return self._place(rows, rows, handle.hop, with_idx=False)
+        return self._place(rows, handle.hop, with_idx=False)
 
     def dispatch_again(
         self, rows: Rows, handle: DispatchHandle, received: Received | None = None
@@ -241,7 +241,8 @@ class HierarchicalBackend:
             if widths
             else []
         )
-        idx = [] if plan is None else list(columns.pop(0).split([n for _, n in num_forwarded]))
+        counts = [count for _, count in num_forwarded]
+        idx = [] if plan is None else list(columns.pop(0).split(counts))
         weights = scales = None
         if rows.topk_weights is not None:
             weights = torch.cat([rows.topk_weights, columns.pop(0)])
@@ -316,10 +317,10 @@ class HierarchicalBackend:
         copy_rows(received.rows, arrived)
         return received.rows
 
-    def _place(self, rows: Rows, inner_rows: Rows, hop: HostHop, *, with_idx: bool) -> Received:
+    def _place(self, rows: Rows, hop: HostHop, *, with_idx: bool) -> Received:
         """Return tensors for what `_spread` will return."""
         if not rows.is_cast:
-            return self._inside.new_received(inner_rows, hop.inner, with_idx=with_idx)
+            return self._inside.new_received(rows, hop.inner, with_idx=with_idx)
         arrival = arrival_along(rows, hop.inner, with_idx)
         return Received(arrival.ordinary(hop.inner.num_recv_rows))
 

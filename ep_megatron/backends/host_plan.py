@@ -130,33 +130,46 @@ class HostPlan:
         per_host = self.split(everyone)[2][:, self.host].tolist()
         return tuple((source, per_host[source]) for source in self.hosts.served_by(self.rank))
 
-    def hop(
-        self, handle: DispatchHandle, everyone: Tensor, forwarded_idx: Sequence[Tensor]
-    ) -> HostHop:
-        """Plan the second hop.
+    def _inside(self, everyone: Tensor) -> tuple[list[int], Tensor, Tensor]:
+        """Return this host's ranks, and the counts of all ranks `[R, ...]` for it alone."""
+        members = list(self.hosts.members[self.host])
+        matrix, per_expert, _ = self.split(everyone)
+        experts = torch.arange(self.routing.num_experts).view(self.num_ranks, -1)[members].flatten()
+        return members, matrix[:, members].contiguous(), per_expert[:, experts].contiguous()
+
+    def settle(self, hop: HostHop, everyone: Tensor, forwarded_idx: Sequence[Tensor]) -> None:
+        """Fill in what a hop needs to know of forwarded rows, once their experts have come.
 
         Args:
-            handle: of this rank's routing.
+            hop: of this plan.
             everyone: `[R, R + E + hosts]`, all ranks' counts.
             forwarded_idx: `[n, K]` of each rank that this one forwards for, see `inner_idx`.
         """
-        members = list(self.hosts.members[self.host])
-        num_forwarded = self.num_forwarded(everyone)
-        matrix, per_expert, _ = self.split(everyone)
-        experts = torch.arange(self.routing.num_experts).view(self.num_ranks, -1)[members].flatten()
-        matrix, per_expert = matrix[:, members].contiguous(), per_expert[:, experts].contiguous()
-
+        _, matrix, per_expert = self._inside(everyone)
         own_idx = torch.full_like(self.routing.topk_idx, -1)
         tokens = self.tokens_per_host[self.host]
         own_idx[tokens] = self.inner_idx(self.host, self.routing.topk_idx.dtype)
         topk_idx = torch.cat([own_idx, *forwarded_idx])
-        routes = torch.empty(3, *topk_idx.shape, dtype=torch.int32)
         first = 0
-        for source, num_tokens in ((self.rank, handle.num_tokens), *num_forwarded):
+        for source, num_tokens in ((self.rank, len(own_idx)), *hop.num_forwarded):
             part = slice(first, first := first + num_tokens)
-            inner = replace(self.routing, topk_idx=topk_idx[part], num_experts=len(experts))
-            _make_routes(inner, matrix, per_expert, source, routes[:, part])
+            num_experts = hop.inner.num_experts
+            inner = replace(self.routing, topk_idx=topk_idx[part], num_experts=num_experts)
+            _make_routes(inner, matrix, per_expert, source, hop.inner.routes[:, part])
+        if hop.inner.topk_idx is not None:
+            hop.inner.topk_idx.copy_(topk_idx)
 
+    def hop(self, handle: DispatchHandle, everyone: Tensor) -> HostHop:
+        """Plan the second hop, but for what `settle` fills in: routes and experts inside the host.
+
+        Args:
+            handle: of this rank's routing.
+            everyone: `[R, R + E + hosts]`, all ranks' counts.
+        """
+        members, matrix, per_expert = self._inside(everyone)
+        num_forwarded = self.num_forwarded(everyone)
+        num_tokens = handle.num_tokens + sum(count for _, count in num_forwarded)
+        like = self.routing.topk_idx
         through = [[rank, *self.hosts.served_by(rank)] for rank in members]
         index = members.index(self.rank)
         row_in_host = self.is_token_in_host.cumsum(0, dtype=torch.int32) - 1
@@ -166,15 +179,15 @@ class HostPlan:
                 handle,
                 rank=index,
                 num_ranks=len(members),
-                num_tokens=len(topk_idx),
-                num_experts=len(experts),
-                routes=routes,
+                num_tokens=num_tokens,
+                num_experts=per_expert.shape[1],
+                routes=torch.empty(3, num_tokens, like.shape[1], dtype=torch.int32),
                 num_rows_per_rank=tuple(handle.num_rows_per_rank[rank] for rank in members),
                 num_tokens_per_rank=tuple(matrix[through[index]].sum(0).tolist()),
                 num_recv_tokens_per_rank=tuple(
                     int(matrix[sources, index].sum()) for sources in through
                 ),
-                topk_idx=None if handle.expand else topk_idx,
+                topk_idx=None if handle.expand else like.new_empty(num_tokens, like.shape[1]),
             ),
             tokens_per_host=self.tokens_per_host,
             row_in_host=row_in_host.masked_fill(~self.is_token_in_host, -1),

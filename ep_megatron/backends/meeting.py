@@ -6,6 +6,7 @@ What every backend needs before rows move: to set itself up, and to find out tha
 import os
 import re
 import secrets
+import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ep_megatron.backends.base import (
+    MAX_EXPERTS,
     NUM_CALL_FIELDS,
     Call,
     PeerReport,
@@ -25,6 +27,8 @@ from ep_megatron.backends.base import (
 from ep_megatron.backends.waiter import Waiter, cut_off
 
 MAX_ERROR_BYTES = 512
+# Bytes of the error that follows, nanoseconds of the wall clock; then the call.
+_HEADER = struct.Struct(f"<2q{NUM_CALL_FIELDS}q")
 _WHOLE_RANK = "rank\N{NO-BREAK SPACE}"
 
 
@@ -91,16 +95,23 @@ class Meeting:
         """Run what blocks on these connections and hear Ctrl-C meanwhile, which interrupts it."""
         self._waiter.run(action, interrupt or self.interrupt)
 
-    def exchange(self, operation: str, message: Tensor) -> Tensor:
+    def exchange(self, operation: str, message: Tensor, at_most: int | None = None) -> Tensor:
         """Send `message` to every rank; return `[R, *message.shape]`.
 
-        Collective. Args: `message`: a contiguous CPU tensor, same shape and dtype on all ranks.
+        Collective.
+
+        Args:
+            operation: for errors.
+            message: a contiguous CPU tensor, same shape and dtype on all ranks.
+            at_most: where given, messages are vectors whose sizes differ up to this one; the result
+                is `[R, at_most]`, and means nothing behind each one's end.
 
         Raises:
             RuntimeError: naming the ranks that did not answer before the deadline.
         """
-        received = message.new_empty(self.num_ranks, *message.shape)
-        received[self.rank] = message
+        shape = message.shape if at_most is None else (at_most,)
+        received = message.new_empty(self.num_ranks, *shape)
+        received[self.rank][: len(message)] = message
         peers = [p for p in range(self.num_ranks) if p != self.rank]
         deadline = time.monotonic() + self.timeout
         late: dict[int, str] = {}
@@ -122,34 +133,44 @@ class Meeting:
             )
         return received
 
-    def agree(self, operation: str, call: Call | None, error: str = "") -> None:
+    def agree(
+        self, operation: str, call: Call | None, error: str = "", counts: Tensor | None = None
+    ) -> Tensor | None:
         """Raise on every rank unless all make the same call and none reports an error.
 
-        Collective.
+        Collective; one message between any two ranks.
 
         Args:
             operation: one of `OPERATIONS`, or another word for the message.
             call: this rank's call; None when it reports an error.
             error: why this rank cannot take part.
+            counts: `[C]` int32, C the same on all ranks that make the same call and at most
+                `MAX_EXPERTS` + R.
+
+        Returns:
+            The counts of all ranks, `[R, C]` int32, or None without.
         """
         self.num_calls += 1
-        numbers = [0] * NUM_CALL_FIELDS if call is None else list(call)
-        text = error.encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
-        message = torch.tensor([*numbers, time.time_ns()], dtype=torch.int64).view(torch.uint8)
-        message = torch.cat([message, torch.frombuffer(bytearray(text), dtype=torch.uint8)])
-        answers = self.exchange(operation, message)
-        split = 8 * (NUM_CALL_FIELDS + 1)
-        heads = [answer[:split].clone().view(torch.int64).tolist() for answer in answers]
-        self.posted_at = [1e-9 * head.pop() for head in heads]
-        reports = [
-            PeerReport(
-                head,
-                bytes(answer[split:].tolist()).rstrip(b"\0").decode(errors="replace"),
+        text = error.encode()[:MAX_ERROR_BYTES]
+        numbers = b"" if counts is None else counts.numpy().tobytes()
+        header = _HEADER.pack(len(text), time.time_ns(), *(call or (0,) * NUM_CALL_FIELDS))
+        message = torch.frombuffer(bytearray(header + text + numbers), dtype=torch.uint8)
+        # Sizes are not agreed on yet: what is posted for a message has room for any.
+        at_most = _HEADER.size + MAX_ERROR_BYTES + 4 * (MAX_EXPERTS + self.num_ranks)
+        answers = self.exchange(operation, message, at_most)
+        reports, bodies, posted_at = [], [], []
+        for answer in answers:
+            num_error_bytes, nanoseconds, *fields = _HEADER.unpack(
+                answer[: _HEADER.size].numpy().tobytes()
             )
-            for head, answer in zip(heads, answers, strict=True)
-        ]
-        self.last_call = f"last call {self.num_calls}, {operation}"
+            body = answer[_HEADER.size :]
+            told = body[:num_error_bytes].numpy().tobytes().decode(errors="replace")
+            posted_at.append(1e-9 * nanoseconds)
+            reports.append(PeerReport(fields, told))
+            bodies.append(body[: len(numbers)])
+        self.last_call, self.posted_at = f"last call {self.num_calls}, {operation}", posted_at
         check_agreement(operation, reports)
+        return None if counts is None else torch.stack(bodies).view(torch.int32)
 
     def gather_text(self, operation: str, text: str, num_bytes: int = 256) -> Sequence[str]:
         """Return every rank's `text`, of at most `num_bytes` bytes. Collective."""

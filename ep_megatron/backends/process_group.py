@@ -5,10 +5,12 @@ holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ra
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,21 +19,35 @@ from torch import Tensor
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import OPERATIONS, Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.meeting import Meeting, check_process
-from ep_megatron.backends.row_connections import RowConnections
+from ep_megatron.backends.expert_major import (
+    expand,
+    is_summed,
+    local_weights,
+    place,
+    sum_of,
+    sum_slots,
+    weights_of_tokens,
+)
+from ep_megatron.backends.meeting import (
+    Meeting,
+    check_process,
+    describe_late,
+    has_gloo,
+    wait_for_each,
+)
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
+    Counts,
     count_tokens,
     deduplicated_routes,
     expanded_routes,
-    expert_starts,
-    index_within,
     occurs_in_row,
     round_up,
 )
 from ep_megatron.statistics import BufferStatistics, CallCounts
 
 _Result = TypeVar("_Result")
+_ROWS_TAG = 1  # of the first tensor on the connections, the next ones count up; 0 is the meeting's
 
 
 class ProcessGroupBackend:
@@ -48,10 +64,14 @@ class ProcessGroupBackend:
     name = "process_group"
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+        self._group, self._timeout = group, timeout
         self._meeting = Meeting(group, timeout, is_private=True)
-        self._rows = RowConnections(group, self._meeting)
+        # Rows to higher ranks go over one, to lower ranks over the other: gloo answers "ready to
+        # receive" on the connection that carries rows, where it would queue behind them.
+        self._down = Meeting(group, timeout, is_private=True) if has_gloo(group) else None
         self.rank, self.num_ranks = self._meeting.rank, self._meeting.num_ranks
         self._counts = CallCounts(self.rank, self.num_ranks)
+        self._num_bytes = [0] * self.num_ranks, [0] * self.num_ranks  # sent, received
         self._num_calls = 0
         self._broken, self._process = "", os.getpid()
 
@@ -65,12 +85,21 @@ class ProcessGroupBackend:
         except ValueError as error:
             self.fail("dispatch", str(error).removeprefix("dispatch: "))
             raise
-        self._agree("dispatch", Call.of("dispatch", rows, routing))
+        counts = count_tokens(routing.topk_idx, routing.num_experts, self.num_ranks)
+        own = torch.cat([counts.num_tokens_per_rank, counts.num_tokens_per_expert]).cpu()
+        everyone = self._agree("dispatch", Call.of("dispatch", rows, routing), counts=own)
+        assert everyone is not None
         with self._taking_part():
-            handle, received = self._plan(rows, routing)
+            everyone = everyone.to(routing.topk_idx.device)
+            handle = self._handle(routing, counts, everyone)
+            received = rows.new_received(handle)
+            if not routing.expand:
+                assert handle.recv_row is not None
+                recv_idx = routing.topk_idx.new_empty(handle.recv_row.shape)
+                received = replace(received, topk_idx=recv_idx)
             if announce is not None:
                 announce(received, handle)
-            self._deliver(rows, handle, received)
+            self._deliver(rows, handle, received, (routing, everyone))
         self._count("dispatch")
         return received, handle
 
@@ -86,10 +115,6 @@ class ProcessGroupBackend:
         received = received or self.new_received(rows, handle)
         self._agree("cached dispatch", Call.of("cached dispatch", rows, handle))
         with self._taking_part():
-            if rows.topk_weights is not None:
-                assert received.rows.topk_weights is not None
-                weights = self._send(rows.topk_weights, handle)
-                received.rows.topk_weights.copy_(self._local_weights(weights, handle))
             self._deliver(rows, handle, received.rows)
         self._count("cached dispatch")
         return received.rows
@@ -125,7 +150,9 @@ class ProcessGroupBackend:
     def interrupt(self) -> None:
         """See `Backend.interrupt`. Waits of rows on a GPU end at their deadline."""
         self._broken = self._broken or "a call was interrupted"
-        self._rows.interrupt()
+        self._meeting.interrupt()
+        if self._down is not None:
+            self._down.interrupt()
 
     def limit_threads(self, num_threads: int) -> None:
         """See `Backend.limit_threads`. The threads are torch's, which are not this room's."""
@@ -139,7 +166,7 @@ class ProcessGroupBackend:
         return BufferStatistics(self.rank, self._counts.operations(OPERATIONS))
 
     def _count(self, operation: str) -> None:
-        moved = self._rows.num_bytes[operation == "combine"]
+        moved = self._num_bytes[operation == "combine"]
         self._counts.add(operation, self._meeting.posted_at, moved)
 
     @contextmanager
@@ -155,7 +182,9 @@ class ProcessGroupBackend:
 
     # -- planning ---------------------------------------------------------------------------------
 
-    def _agree(self, operation: str, call: Call | None, error: str = "") -> None:
+    def _agree(
+        self, operation: str, call: Call | None, error: str = "", counts: Tensor | None = None
+    ) -> Tensor | None:
         if self._broken:
             raise RuntimeError(
                 f"{operation}: expected a working Buffer, got one that broke down "
@@ -163,8 +192,8 @@ class ProcessGroupBackend:
             )
         check_process(operation, self._process)
         self._num_calls += 1
-        self._rows.start_counting()
-        self._waiting(lambda: self._meeting.agree(operation, call, error))
+        self._num_bytes = [0] * self.num_ranks, [0] * self.num_ranks
+        return self._waiting(lambda: self._meeting.agree(operation, call, error, counts))
 
     def _waiting(self, wait: Callable[[], _Result]) -> _Result:
         """Return `wait()`; if a rank did not come, no later call of this Buffer waits for it."""
@@ -176,13 +205,9 @@ class ProcessGroupBackend:
             self._broken = self._broken or str(error).split(";")[0][:200] or type(error).__name__
             raise
 
-    def _plan(self, rows: Rows, routing: Routing) -> tuple[DispatchHandle, Rows]:
-        """Exchange counts, then the routing itself; both are needed before expert-major rows."""
+    def _handle(self, routing: Routing, counts: Counts, everyone: Tensor) -> DispatchHandle:
+        """Return the handle, with `recv_row` still empty. `everyone`: `[R, R + E]`, all counts."""
         topk_idx, alignment = routing.topk_idx, routing.expert_alignment
-        counts = count_tokens(topk_idx, routing.num_experts, self.num_ranks)
-        own = torch.cat([counts.num_tokens_per_rank, counts.num_tokens_per_expert]).cpu()
-        everyone = self._waiting(lambda: self._meeting.exchange("dispatch", own))
-        everyone = everyone.to(topk_idx.device)
         matrix, per_expert = everyone[:, : self.num_ranks], everyone[:, self.num_ranks :]
         blocks = round_up(per_expert.sum(0), alignment).view(self.num_ranks, -1)
         if routing.expand:
@@ -192,7 +217,8 @@ class ProcessGroupBackend:
             routes = deduplicated_routes(topk_idx, self.rank, counts, matrix)
             num_rows = matrix.sum(0)
         valid = per_expert.sum(0).view(self.num_ranks, -1)[self.rank]
-        plain = DispatchHandle(
+        num_recv_tokens = tuple(matrix[:, self.rank].tolist())
+        return DispatchHandle(
             plan_id=self._num_calls,
             rank=self.rank,
             num_ranks=self.num_ranks,
@@ -204,39 +230,12 @@ class ProcessGroupBackend:
             routes=torch.stack(routes),
             num_rows_per_rank=tuple(num_rows.tolist()),
             num_tokens_per_rank=tuple(matrix[self.rank].tolist()),
-            num_recv_tokens_per_rank=tuple(matrix[:, self.rank].tolist()),
+            num_recv_tokens_per_rank=num_recv_tokens,
             num_recv_tokens_per_expert=tuple(blocks[self.rank].tolist()),
             num_valid_tokens_per_expert=tuple(valid.tolist()),
-        )
-        recv_idx = self._send(topk_idx, plain)
-        first = self.rank * plain.num_local_experts
-        is_local = (recv_idx >= first) & (recv_idx < first + plain.num_local_experts)
-        local_idx = (recv_idx - first).masked_fill(~is_local, -1)
-        starts = expert_starts(per_expert, self.num_ranks, alignment)[first:]
-        flat = local_idx.reshape(-1).to(torch.int64)
-        within = index_within(flat, plain.num_local_experts)
-        recv_row = (starts[flat.clamp(min=0)] + within).masked_fill(flat < 0, -1)
-        handle = replace(
-            plain,
-            recv_row=recv_row.view(local_idx.shape),
             topk_idx=None if routing.expand else topk_idx.clone(),
+            recv_row=topk_idx.new_empty(sum(num_recv_tokens), topk_idx.shape[1], dtype=torch.int64),
         )
-        weights = rows.topk_weights
-        if weights is not None:
-            weights = self._local_weights(self._send(weights, handle), handle)
-        received = Rows(*rows.new_arrived(handle.num_recv_rows), weights)
-        return handle, received if routing.expand else replace(received, topk_idx=local_idx)
-
-    @staticmethod
-    def _local_weights(weights: Tensor, handle: DispatchHandle) -> Tensor:
-        """Return `[M, K]` with 0 where an expert is elsewhere; expert-major `[N]`."""
-        assert handle.recv_row is not None
-        is_local = handle.recv_row >= 0
-        if not handle.expand:
-            return weights.masked_fill(~is_local, 0)
-        expanded = weights.new_zeros(handle.num_recv_rows)
-        expanded[handle.recv_row[is_local]] = weights[is_local]
-        return expanded
 
     # -- moving -----------------------------------------------------------------------------------
 
@@ -244,22 +243,86 @@ class ProcessGroupBackend:
         """Tokens in the order they leave: by destination rank, then token."""
         return occurs_in_row(handle.route_rank, handle.num_ranks).T.nonzero()[:, 1]
 
-    def _send(self, values: Tensor, handle: DispatchHandle) -> Tensor:
-        """Send `values [T, ...]` to every destination rank of its token; return `[M, ...]`."""
+    def _send(self, values: Sequence[Tensor], handle: DispatchHandle) -> list[Tensor]:
+        """Send each `[T, ...]` to every destination rank of its token; return `[M, ...]`."""
+        order = self._send_order(handle)
         return self._all_to_all(
-            values[self._send_order(handle)],
+            [value[order] for value in values],
             handle.num_tokens_per_rank,
             handle.num_recv_tokens_per_rank,
         )
 
-    def _send_back(self, values: Tensor, handle: DispatchHandle) -> Tensor:
-        """Return `values [M, ...]` to their sources, in the order in which they had left."""
+    def _send_back(self, values: Sequence[Tensor], handle: DispatchHandle) -> list[Tensor]:
+        """Return each `[M, ...]` to their sources, in the order in which they had left."""
         return self._all_to_all(values, handle.num_recv_tokens_per_rank, handle.num_tokens_per_rank)
 
     def _all_to_all(
-        self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
-    ) -> Tensor:
-        return self._waiting(lambda: self._rows.exchange(values, send_counts, recv_counts))
+        self,
+        values: Sequence[Tensor],
+        send_counts: tuple[int, ...],
+        recv_counts: tuple[int, ...],
+    ) -> list[Tensor]:
+        """Send each tensor's rows; all are under way at once."""
+        received = [value.new_empty(sum(recv_counts), *value.shape[1:]) for value in values]
+        deadline = time.monotonic() + self._timeout
+        late: dict[int, str] = {}
+        works: list[tuple[int, Any]] = []
+        for tag, (value, to) in enumerate(zip(values, received, strict=True), _ROWS_TAG):
+            # Without elements any strides count as contiguous, but not every view is allowed.
+            dense = value.contiguous() if value.numel() else value.new_empty(value.shape)
+            # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
+            out, sent = (tensor.flatten(1).view(torch.uint8) for tensor in (to, dense))
+            for moved, counts in zip(self._num_bytes, (send_counts, recv_counts), strict=True):
+                moved[:] = [n + out.shape[1] * m for n, m in zip(moved, counts, strict=True)]
+            if self._down is not None and value.device.type == "cpu":
+                parts = out.split(recv_counts), sent.split(send_counts)
+                works += self._post(*parts, tag, late)
+            else:
+                self._over_group(out, sent, (list(recv_counts), list(send_counts)))
+        if works:
+            self._meeting.wait(lambda: wait_for_each(works, late, deadline), self.interrupt)
+        if late:
+            raise self._no_rows(f"none from {describe_late(late, self._meeting.last_call)}")
+        return received
+
+    def _over_group(self, to: Tensor, sent: Tensor, counts: tuple[list[int], list[int]]) -> None:
+        """Move rows over the caller's group, which does not say whose are missing."""
+        try:
+            work = self._group.alltoall_base(to, sent, *counts, dist.AllToAllOptions())
+            work.wait(timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            raise self._no_rows(str(error).splitlines()[0]) from error
+
+    def _no_rows(self, actual: str) -> RuntimeError:
+        self._broken = "its rows did not come"
+        return RuntimeError(
+            f"process_group: rank {self.rank} expected its rows of call {self._num_calls} within "
+            f"{self._timeout:g} s, got {actual}; a rank stopped between the count exchange and "
+            "the rows. This Buffer and its process group cannot go on"
+        )
+
+    def _post(
+        self, receives: Sequence[Tensor], sends: Sequence[Tensor], tag: int, late: dict[int, str]
+    ) -> list[tuple[int, Any]]:
+        """Start to move each rank's part, every receive before a send; return what to wait for.
+
+        Ranks whose connection is gone already are noted in `late`.
+        """
+        assert self._down is not None
+        up, down = self._meeting.gloo, self._down.gloo
+        works: list[tuple[int, Any]] = []
+        receives[self.rank].copy_(sends[self.rank])
+        for is_receive, parts in ((True, receives), (False, sends)):
+            for peer, part in enumerate(parts):
+                if peer == self.rank or len(part) == 0:
+                    continue
+                group = up if (peer > self.rank) != is_receive else down
+                post = group.recv if is_receive else group.send
+                try:
+                    works.append((peer, post([part], peer, tag)))
+                except RuntimeError as error:
+                    late[peer] = str(error)
+        return works
 
     def _by_rank(self, returned: Tensor, handle: DispatchHandle) -> list[tuple[Tensor, Tensor]]:
         """Split what came back into (tokens, rows) of each rank, in ascending rank order."""
@@ -277,77 +340,45 @@ class ProcessGroupBackend:
         out, out_weights = combined
         x = rows.x
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        total = _sum_of(biases, handle.num_tokens, x, sum_dtype)
-        returned = self._send_back(self._reduce_rows(x, handle, sum_dtype), handle)
+        total = sum_of(biases, handle.num_tokens, x, sum_dtype)
+        weights = rows.topk_weights
+        beside = () if weights is None else (weights_of_tokens(weights, handle),)
+        returned, *returned_weights = self._send_back(
+            (sum_slots(x, handle, sum_dtype), *beside), handle
+        )
         for tokens, part in self._by_rank(returned, handle):
             total[tokens] += part.to(sum_dtype)
         has_rows = handle.route_rank[:, :1] >= 0
         if not biases:
             total = total.masked_fill(~has_rows, 0)
         out.copy_(total)
-        if rows.topk_weights is not None:
+        for part in returned_weights:
             assert out_weights is not None
-            out_weights.copy_(self._combine_weights(rows.topk_weights, handle))
+            out_weights.copy_(self._combine_weights(part, handle))
 
-    # -- expert-major rows ------------------------------------------------------------------------
-
-    def _deliver(self, rows: Rows, handle: DispatchHandle, received: Rows) -> None:
-        """Send `x` and scales into `received`."""
-        cast = cast_rows(rows)
-        x = self._expanded(self._send(cast.x, handle), handle)
-        scales = None
-        if cast.scales is not None:
-            scales = self._expanded(self._send(cast.scales, handle), handle)
+    def _deliver(
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        received: Rows,
+        fresh: tuple[Routing, Tensor] | None = None,
+    ) -> None:
+        """Send all that `rows` has into `received`; with `fresh`, routing and counts, ids too."""
+        cast, weights = cast_rows(rows), rows.topk_weights
+        parts = [] if fresh is None else [fresh[0].topk_idx]
+        parts += [part for part in (weights, cast.x, cast.scales) if part is not None]
+        arrived = self._send(parts, handle)
+        if fresh is not None:
+            place(arrived.pop(0), handle, received, fresh[1])
+        if weights is not None:
+            assert received.topk_weights is not None
+            received.topk_weights.copy_(local_weights(arrived.pop(0), handle))
+        x = expand(arrived.pop(0), handle)
+        scales = expand(arrived.pop(0), handle) if arrived else None
         copy_rows(received, as_asked(Rows(x, scales), rows))
 
-    @staticmethod
-    def _expanded(values: Tensor, handle: DispatchHandle) -> Tensor:
-        """Return `[N, ...]` expert-major, padded with zeros, where the handle asks for it."""
-        if not handle.expand:
-            return values
-        assert handle.recv_row is not None
-        source, slot = (handle.recv_row >= 0).nonzero(as_tuple=True)
-        out = values.new_zeros(handle.num_recv_rows, *values.shape[1:])
-        out.view(torch.uint8)[handle.recv_row[source, slot]] = values.view(torch.uint8)[source]
-        return out
-
-    @staticmethod
-    def _reduce_rows(x: Tensor, handle: DispatchHandle, sum_dtype: torch.dtype) -> Tensor:
-        """Sum the expert-major rows of each received token, in slot order."""
-        if not handle.expand:
-            return x
-        assert handle.recv_row is not None
-        # Adding to -0.0 leaves every first addend as it is, -0.0 included.
-        partial = x.new_full((len(handle.recv_row), x.shape[1]), -0.0, dtype=sum_dtype)
-        for row in handle.recv_row.unbind(1):
-            is_used = row >= 0
-            partial[is_used] += x[row[is_used]].to(sum_dtype)
-        return partial
-
-    def _combine_weights(self, weights: Tensor, handle: DispatchHandle) -> Tensor:
-        if handle.expand:
-            assert handle.recv_row is not None
-            is_used = handle.recv_row >= 0
-            rows = weights.new_full(handle.recv_row.shape, -0.0)
-            rows[is_used] = weights[handle.recv_row[is_used]]
-        else:
-            rows = weights
-        returned = self._send_back(rows, handle)
-        total = weights.new_full((handle.num_tokens, handle.num_topk), -0.0)
+    def _combine_weights(self, returned: Tensor, handle: DispatchHandle) -> Tensor:
+        total = returned.new_full((handle.num_tokens, handle.num_topk), -0.0)
         for tokens, part in self._by_rank(returned, handle):
             total[tokens] += part
-        return total.masked_fill(~_is_summed(handle), 0)
-
-
-def _is_summed(handle: DispatchHandle) -> Tensor:
-    """Return `[T, K]`: which combined weights have an addend at all."""
-    if not handle.expand:
-        return (handle.route_rank[:, :1] >= 0).expand(-1, handle.num_topk)
-    return occurs_in_row(handle.route_slot, handle.num_topk)
-
-
-def _sum_of(biases: Sequence[Tensor], num_tokens: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    total = x.new_full((num_tokens, x.shape[1]), -0.0, dtype=dtype)
-    for bias in biases:
-        total += bias.to(dtype)
-    return total
+        return total.masked_fill(~is_summed(handle), 0)

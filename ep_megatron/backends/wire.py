@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_megatron.arguments import MAX_EXPERTS
 from ep_megatron.backends.base import (
+    MAX_EXPERTS,
     NUM_CALL_FIELDS,
     OPERATIONS,
     Call,

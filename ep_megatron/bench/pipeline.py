@@ -4,7 +4,8 @@
     lone       weights' gradients run beside the exchange of their inputs' gradients
     overlap    and the two halves of a pair run beside each other's exchanges
 
-Two ranks, one per host, share the experts; every exchange crosses the link. From the recorded
+Two ranks, one per host, share the experts of each pipeline stage; every exchange crosses the link,
+and no message between stages does. From the recorded
 timelines: the step, the exposed communication (when an exchange runs and nothing is computed), and
 beside each the simulator's word on it, whose node times are those of the blocking run alone.
 """
@@ -32,7 +33,7 @@ from ep_megatron.pipeline.simulate import Simulation, simulate
 from ep_megatron.pipeline.trace import Timeline, read_trace, write_trace
 
 SCHEDULES = ("dualpipev", "interleaved-overlap")
-"""Those that have pairs on one pipeline rank."""
+"""Those that have pairs, on any number of pipeline ranks."""
 
 _SECONDS = 1800  # for all schedules over one link
 
@@ -47,6 +48,7 @@ class Plan:
         num_steps: measured per mode; modes take turns step by step.
         compute_ms: what every compute node is padded to.
         sizes: of the model.
+        pipeline_parallel: pipeline ranks on each host.
     """
 
     schedules: tuple[str, ...] = SCHEDULES
@@ -54,6 +56,7 @@ class Plan:
     num_steps: int = 3
     compute_ms: float = 40.0
     sizes: Sizes = field(default_factory=Sizes)
+    pipeline_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class Row:
         link: rate of the link.
         schedule: its name.
         mode: one of `MODES`.
+        pipeline_parallel: pipeline ranks.
         step: from the first node's start to the last one's end, mean of both hosts.
         min_step: the shortest.
         max_step: the longest.
         predicted_step: by the simulator, from the blocking run.
-        exposed: communication without compute, mean of both hosts.
+        exposed: communication without compute, mean of all ranks.
         predicted_exposed: by the simulator, from the blocking run.
         exposed_share: `exposed` over that of the blocking run.
         exchange: mean time of an exchange in the blocking run.
@@ -78,6 +82,7 @@ class Row:
     link: str
     schedule: str
     mode: str
+    pipeline_parallel: int
     step: float
     min_step: float
     max_step: float
@@ -108,12 +113,16 @@ def run(link: str, plan: Plan, folder: Path | None = None) -> list[Row]:
         job = Path(work, "job.json")
         job.write_text(json.dumps(asdict(plan) | {"folder": work, "modes": list(MODES)}))
         arguments = ["-m", "ep_megatron.bench.pipeline_ranks", str(job)]
-        run_ranks(hosts, (1, 1), arguments, {}, _SECONDS)
+        stages = plan.pipeline_parallel
+        run_ranks(hosts, (stages, stages), arguments, {}, _SECONDS, in_turn=True)
         load = os.getloadavg()[0]
         rows = []
         for schedule in plan.schedules:
             steps = {
-                mode: [_read(Path(work), schedule, mode, step) for step in range(plan.num_steps)]
+                mode: [
+                    _read(Path(work), (schedule, mode, step), stages)
+                    for step in range(plan.num_steps)
+                ]
                 for mode in MODES
             }
             rows += _judge(link, schedule, steps, load)
@@ -122,12 +131,12 @@ def run(link: str, plan: Plan, folder: Path | None = None) -> list[Row]:
     return rows
 
 
-_Step = list[Timeline]  # one timeline per expert rank
+_Step = list[Timeline]  # one timeline, of all pipeline ranks, per expert rank
 
 
-def _read(folder: Path, schedule: str, mode: str, step: int) -> _Step:
-    files = [trace_file(folder, schedule, mode, step, rank) for rank in range(EXPERT_RANKS)]
-    return [read_trace(file) for file in files]
+def _read(folder: Path, which: tuple[str, str, int], stages: int) -> _Step:
+    files = [trace_file(folder, *which, rank) for rank in range(EXPERT_RANKS * stages)]
+    return [read_trace(files[rank::EXPERT_RANKS]) for rank in range(EXPERT_RANKS)]
 
 
 def _duration(step: _Step) -> float:
@@ -135,7 +144,7 @@ def _duration(step: _Step) -> float:
 
 
 def _exposed(step: _Step) -> float:
-    return statistics.fmean(measure(timeline)[0].exposed for timeline in step)
+    return statistics.fmean(rank.exposed for timeline in step for rank in measure(timeline))
 
 
 def _median_step(steps: Sequence[_Step]) -> _Step:
@@ -162,12 +171,13 @@ def _judge(link: str, schedule: str, steps: dict[str, list[_Step]], load: float)
                 link=link,
                 schedule=schedule,
                 mode=mode,
+                pipeline_parallel=base[0].num_ranks,
                 step=statistics.median(durations),
                 min_step=min(durations),
                 max_step=max(durations),
                 predicted_step=simulation.step_time / 1e3,
                 exposed=exposed / 1e3,
-                predicted_exposed=simulation.ranks[0].exposed / 1e3,
+                predicted_exposed=statistics.fmean(r.exposed for r in simulation.ranks) / 1e3,
                 exposed_share=exposed / blocking,
                 exchange=statistics.fmean(exchanges) / 1e3,
                 load=load,
@@ -178,8 +188,9 @@ def _judge(link: str, schedule: str, steps: dict[str, list[_Step]], load: float)
 
 def _write(link: str, schedule: str, steps: dict[str, list[_Step]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name, shown = f"{schedule}-{link}", []
-    base = _median_step(steps["blocking"])
+    base, shown = _median_step(steps["blocking"]), []
+    stages = base[0].num_ranks
+    name = f"{schedule}-{link}" + (f"-pp{stages}" if stages > 1 else "")
     for mode, found in steps.items():
         step = _median_step(found)
         for rank, timeline in enumerate(step):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_megatron.pipeline.placement import V_SHAPED, groups_of_half
+from ep_megatron.pipeline.placement import V_SHAPED, groups_of_half, join_chunks, place_chunk
 
 VOCABULARY = 64
 EXPERT_RANKS = 2
@@ -33,25 +33,40 @@ class Sizes:
         return self.sequence * self.batch * self.hidden * 4
 
 
-def build_chunks(schedule: str, sizes: Sizes) -> list[Any]:
-    """Return this rank's chunks for a schedule on one pipeline rank: two halves of a V, or all.
+def num_virtual_stages(stages: int) -> int | None:
+    """Return Megatron's virtual pipeline size: two chunks per rank, where there is a pipeline."""
+    return 2 if stages > 1 else None
 
-    Collective over the expert ranks, which then have their parts of one model.
+
+def build_chunks(schedule: str, sizes: Sizes, stages: int) -> list[Any]:
+    """Return this rank's chunks for a schedule on so many pipeline ranks.
+
+    Two per rank; all in one for a schedule without a V on one rank. Collective over all ranks,
+    which then have their parts of one model.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    if schedule not in V_SHAPED:
-        return [_gpt(_config(sizes, 1), sizes, 0, groups, (True, True))]
     chunks = []
+    if stages > 1:
+        config = _config(sizes, stages, num_virtual_stages(stages))
+        for chunk in range(2):
+            placed = place_chunk(schedule, chunk, config, groups)
+            ends = placed.pre_process, placed.post_process
+            place = placed.pp_rank, placed.vp_stage
+            chunks.append(_gpt(config, sizes, place, placed.pg_collection, ends))
+        join_chunks(schedule, chunks, groups.pp)
+        return chunks
+    if schedule not in V_SHAPED:
+        return [_gpt(_config(sizes, 1), sizes, (0, None), groups, (True, True))]
     for half in range(2):
         its_groups = groups_of_half(groups, half)
         config = _config(sizes, 2)
-        chunks.append(_gpt(config, sizes, half, its_groups, (half == 0, half == 1)))
+        chunks.append(_gpt(config, sizes, (half, None), its_groups, (half == 0, half == 1)))
     return chunks
 
 
-def _config(sizes: Sizes, num_stages: int) -> Any:
+def _config(sizes: Sizes, num_stages: int, num_virtual: int | None = None) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -76,18 +91,29 @@ def _config(sizes: Sizes, num_stages: int) -> Any:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         pipeline_model_parallel_size=num_stages,
+        virtual_pipeline_model_parallel_size=num_virtual,
+        overlap_p2p_comm=num_virtual is not None,
+        batch_p2p_comm=False,
         expert_model_parallel_size=EXPERT_RANKS,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
     )
 
 
-def _gpt(config: Any, sizes: Sizes, pp_rank: int, groups: Any, ends: tuple[bool, bool]) -> Any:
+def _gpt(
+    config: Any,
+    sizes: Sizes,
+    place: tuple[int, int | None],
+    groups: Any,
+    ends: tuple[bool, bool],
+) -> Any:
+    """Return one chunk; `place` is its pipeline rank and virtual stage."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from ep_megatron.train.layer_spec import build_layer_specs
 
-    spec, _ = build_layer_specs(config, "local", None, pp_rank)
+    pp_rank, vp_stage = place
+    spec, _ = build_layer_specs(config, "local", vp_stage, pp_rank)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -98,6 +124,7 @@ def _gpt(config: Any, sizes: Sizes, pp_rank: int, groups: Any, ends: tuple[bool,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
         pg_collection=groups,
+        vp_stage=vp_stage,
     )
 
 

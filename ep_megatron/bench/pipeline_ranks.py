@@ -25,6 +25,7 @@ from ep_megatron.bench.pipeline_model import (
     build_chunks,
     forward_step,
     gradients,
+    num_virtual_stages,
 )
 from ep_megatron.pipeline.forward_backward import ForwardBackward, get_forward_backward_func
 from ep_megatron.pipeline.observer import Recorder, Watch
@@ -71,7 +72,12 @@ def measure(job: dict[str, Any]) -> None:
 
     plugin.install(backend="process_group")
     with host.without_cuda(), torch.compiler.set_stance("force_eager"):
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=EXPERT_RANKS)
+        stages = job["pipeline_parallel"]
+        parallel_state.initialize_model_parallel(
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=num_virtual_stages(stages),
+            expert_model_parallel_size=EXPERT_RANKS,
+        )
         for schedule in job["schedules"]:
             model_parallel_cuda_manual_seed(1)
             _measure(schedule, job)
@@ -80,7 +86,7 @@ def measure(job: dict[str, Any]) -> None:
 
 def _measure(schedule: str, job: dict[str, Any]) -> None:
     sizes, rank = Sizes(**job["sizes"]), dist.get_rank()
-    chunks = build_chunks(schedule, sizes)
+    chunks = build_chunks(schedule, sizes, job["pipeline_parallel"])
     seconds = job["compute_ms"] / 1e3
     functions = {
         mode: get_forward_backward_func(schedule, overlap, timeout=_WAIT, weights_hide=hide)
@@ -107,12 +113,16 @@ def _measure(schedule: str, job: dict[str, Any]) -> None:
 def _run(
     function: ForwardBackward, chunks: list[Any], sizes: Sizes, num_microbatches: int, pad: float
 ) -> Timeline:
-    recorder = function.recorder = PaddedRecorder(0, pad)
+    from megatron.core import parallel_state
+
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    recorder = function.recorder = PaddedRecorder(pipeline_rank, pad)
     dist.barrier()
     try:
         function(
             forward_step_func=forward_step,
-            data_iterator=[batches(sizes, dist.get_rank(), num_microbatches) for _ in chunks],
+            data_iterator=[batches(sizes, expert_rank, num_microbatches) for _ in chunks],
             model=chunks,
             num_microbatches=num_microbatches,
             seq_length=sizes.sequence,
@@ -124,7 +134,11 @@ def _run(
 
 
 def trace_file(folder: Path, schedule: str, mode: str, step: int, rank: int) -> Path:
-    """Return where the trace of one step of one expert rank is written."""
+    """Return where the trace of one step of one rank of the world is written.
+
+    Expert ranks follow each other: rank r is expert rank `r % EXPERT_RANKS` of pipeline rank
+    `r // EXPERT_RANKS`.
+    """
     return folder / f"{schedule}-{mode}-step{step}-rank{rank}.json"
 
 

@@ -26,10 +26,10 @@ _BURST, _QUEUE = "128kb", "8mb"  # of the shaped link: what passes unshaped, and
 # Runs "$@" once per rank, in the host that the first arguments describe.
 _HOST_SCRIPT = """
 mount -t tmpfs -o size=50% ep_shm /dev/shm && hostname "$1" || exit 97
-first=$2; last=$3; shift 3; pids=
-for rank in $(seq $first $last); do
-    RANK=$rank LOCAL_RANK=$((rank - first)) "$@" &
-    pids="$pids $!"
+ranks=$2; shift 2; pids=; local=0
+for rank in $ranks; do
+    RANK=$rank LOCAL_RANK=$local "$@" &
+    pids="$pids $!"; local=$((local + 1))
 done
 code=0
 for pid in $pids; do wait $pid || code=$?; done
@@ -105,8 +105,13 @@ def run_ranks(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     timeout: float,
+    *,
+    in_turn: bool = False,
 ) -> list[str]:
     """Run `python *arguments` as that many ranks on each host, as torchrun would start them.
+
+    With `in_turn` ranks are dealt to the hosts in turn, in place of one host after the other; each
+    host then has as many.
 
     Returns:
         Each host's output.
@@ -114,18 +119,19 @@ def run_ranks(
     Raises:
         RuntimeError: with the output, if a rank failed or they took longer than `timeout` seconds.
     """
-    running, first = [], 0
-    for host, num_ranks in zip(hosts, ranks_per_host, strict=True):
+    running, first, total = [], 0, sum(ranks_per_host)
+    for index, (host, num_ranks) in enumerate(zip(hosts, ranks_per_host, strict=True)):
+        ranks = range(index, total, len(hosts)) if in_turn else range(first, first + num_ranks)
         command = host.command(
             [
                 *("unshare", "--uts", "--ipc", "--mount", "sh", "-c", _HOST_SCRIPT, "sh"),
-                *(host.name, str(first), str(first + num_ranks - 1), sys.executable, *arguments),
+                *(host.name, " ".join(map(str, ranks)), sys.executable, *arguments),
             ]
         )
         ours = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(sum(ranks_per_host)),
+            "WORLD_SIZE": str(total),
             "MASTER_ADDR": hosts[0].address,
             "MASTER_PORT": "29500",  # a namespace has all ports to itself
             "GLOO_SOCKET_IFNAME": host.interface,

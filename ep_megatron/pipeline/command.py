@@ -29,6 +29,12 @@ def print_plan(
         ValueError: when no case can be; says why the first one cannot.
     """
     found = [outcome.simulation for outcome in outcomes if outcome.simulation is not None]
+    if not outcomes:
+        raise ValueError(
+            "simulate: expected pipeline ranks to divide the GPUs, expert ranks what remains, and "
+            "that the batch, got no such combination; change --gpus, --global-batch, "
+            "--pipeline-parallel or --expert-parallel"
+        )
     if not found:
         raise ValueError(outcomes[0].reason)
     print_outcomes(outcomes, console, memory_limit)

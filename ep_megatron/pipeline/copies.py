@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ep_megatron.pipeline.placement import swap
+from ep_megatron.pipeline.p2p import swap
 
 
-def reduce_copies(group: dist.ProcessGroup, chunks: list[Any]) -> None:
+def reduce_copies(group: dist.ProcessGroup, chunks: list[Any], timeout: float) -> None:
     """Give both copies of each stage the sum of their gradients and of their routers' counts.
 
     Collective over the pipeline ranks. The sum has two terms, so both copies get the same bits.
@@ -20,8 +20,10 @@ def reduce_copies(group: dist.ProcessGroup, chunks: list[Any]) -> None:
     Args:
         group: the pipeline ranks.
         chunks: this rank's two GPT models.
+        timeout: seconds to wait for the rank with the other copies.
 
     Raises:
+        RuntimeError: naming that rank, if it is late or gone.
         ValueError: for a router that keeps more than counts (global_aux_loss).
     """
     first, second = chunks
@@ -35,8 +37,8 @@ def reduce_copies(group: dist.ProcessGroup, chunks: list[Any]) -> None:
     others = [*sums[1], *counts[1]]
     theirs_of_mine = [torch.empty_like(tensor) for tensor in mine]
     theirs_of_others = [torch.empty_like(tensor) for tensor in others]
-    swap(group, mine, theirs_of_others)
-    swap(group, others, theirs_of_mine)
+    swap(group, mine, theirs_of_others, timeout)
+    swap(group, others, theirs_of_mine, timeout)
     for tensor, other in zip([*mine, *others], [*theirs_of_mine, *theirs_of_others], strict=True):
         tensor.add_(other)
 

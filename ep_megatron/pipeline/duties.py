@@ -26,7 +26,7 @@ from ep_megatron.pipeline.weight_grad import split_linears
 
 @dataclass(frozen=True)
 class Request:
-    """One call, by the names of Megatron's arguments; see `ForwardBackward`."""
+    """One call, by the names of Megatron's arguments; see `ForwardBackward` and `Settings`."""
 
     models: list[Any]
     iterators: list[Any]
@@ -37,6 +37,7 @@ class Request:
     first_val_step: bool | None
     force_all_reduce: bool
     groups: Any
+    timeout: float
 
 
 class _Plan:
@@ -277,7 +278,7 @@ class Step:
     def _finalize(self) -> None:
         groups, config = self.request.groups, self.config
         if self._is_two_way:
-            reduce_copies(groups.pp, self.chunks)
+            reduce_copies(groups.pp, self.chunks, self.request.timeout)
             dist.all_reduce(self._num_tokens, group=groups.pp)
         for embedding, head in self._tied:
             one, other = gradient_of(embedding), gradient_of(head)
@@ -341,7 +342,7 @@ def expert_group(models: list[Any]) -> dist.ProcessGroup | None:
     from megatron.core.utils import unwrap_model
 
     for gpt in unwrap_model(list(models)):
-        for one in gpt.decoder.layers:
+        for one in layer.layers_of(gpt):
             if one.is_moe_layer:
                 group: dist.ProcessGroup = one.mlp.token_dispatcher.tp_ep_group
                 return group

@@ -176,6 +176,7 @@ class ForwardBackward:
             first_val_step=first_val_step,
             force_all_reduce=bool(force_all_reduce),
             groups=groups_of(pg_collection),
+            timeout=self.settings.timeout,
         )
         schedule = self._schedule(request)
         step = Step(request, schedule, self.recorder)

@@ -21,10 +21,9 @@ from torch import Tensor
 from ep_megatron.pipeline.exchange import Combine, Dispatch, Route
 from ep_megatron.pipeline.nodes import Compute, Exchange, Pass, Tensors
 from ep_megatron.pipeline.observer import Observer
+from ep_megatron.pipeline.prediction import Predictions, Step
 from ep_megatron.pipeline.recompute import CheckpointRandomStates, Recompute, recompute_of
 from ep_megatron.pipeline.weight_grad import defer
-
-_Hidden = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,12 @@ def check_chunk(model: Any) -> None:
     config = model.config
     _check_config(config)
     recompute_of(config)
-    for layer in model.decoder.layers:
+    if model.mtp_process and not model.post_process:
+        raise ValueError(
+            "pipeline: expected layers of multi-token prediction to be on the stage of the loss, "
+            "got them on another; leave them out of pipeline_model_parallel_layout"
+        )
+    for layer in layers_of(model):
         where = f"layer {layer.layer_number}"
         if not isinstance(layer, TransformerLayer):
             raise ValueError(
@@ -137,6 +141,20 @@ def make_pass(
     return _Builder(model, call, finish, scope).build(observer)
 
 
+def layers_of(model: Any) -> list[Any]:
+    """Return all transformer layers of a GPTModel, those of multi-token prediction last."""
+    layers = list(model.decoder.layers)
+    if model.mtp_process:
+        layers += [layer.transformer_layer for layer in model.mtp.layers]
+    return layers
+
+
+def _through(steps: tuple[Step, ...], hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for step in steps:
+        hidden = step(*hidden)
+    return hidden
+
+
 class _Builder:
     """Puts the nodes of one pass together; the nodes' functions are its bound methods."""
 
@@ -149,31 +167,50 @@ class _Builder:
     ) -> None:
         self.model, self.call, self.finish, self.scope = model, call, finish, scope
         self.config = model.config
+        self.recompute = recompute_of(model.config) if model.training else Recompute()
+        self.compute: list[Compute] = []
+        self.exchanges: list[Exchange] = []
+        self.num_layers = 0
+        # What the next compute node begins with, and does then; hidden states first, and with
+        # them those that the loss will need of depths that are done.
+        self.begin: Step = self._enter
+        self.steps: list[Step] = []
         self.rotary: dict[str, Any] = {}
         self.padding_mask: Tensor | None = None
 
     def build(self, observer: Observer) -> Pass:
-        recompute = recompute_of(self.config) if self.model.training else Recompute()
-        compute: list[Compute] = []
-        exchanges: list[Exchange] = []
-        begin: _Hidden = self._enter
-        dense: list[Any] = []
-        for index, layer in enumerate(self.model.decoder.layers):
-            if not layer.is_moe_layer:
-                dense.append(layer)
-                continue
-            route = self._route(layer, index)
-            attention = functools.partial(self._until_router, begin, tuple(dense), layer, route)
-            experts = functools.partial(self._experts, layer, route)
-            compute.append(self._node("attention", index, attention, recompute.attention))
-            exchanges.append(Dispatch(route))
-            compute.append(self._node("experts", index, experts, recompute.experts))
-            exchanges.append(Combine(route))
-            begin, dense = functools.partial(self._residual, layer, route), []
-        tail = functools.partial(self._leave, begin, tuple(dense))
-        name = "head" if self.model.post_process else "residual"
-        compute.append(self._node(name, None, tail, recompute.tail and not self.model.post_process))
-        return Pass(compute, exchanges, observer)
+        model = self.model
+        for layer in model.decoder.layers:
+            self._append(layer)
+        self.steps.append(self._final_norm)
+        if model.mtp_process:
+            for before, layer, behind in Predictions(model, self.call).layers():
+                self.steps.append(before)
+                self._append(layer)
+                self.steps.append(behind)
+        tail = functools.partial(self._leave, self.begin, tuple(self.steps))
+        name = "head" if model.post_process else "residual"
+        again = self.recompute.tail and not model.post_process
+        self.compute.append(self._node(name, None, tail, again))
+        return Pass(self.compute, self.exchanges, observer)
+
+    def _append(self, layer: Any) -> None:
+        """Add a layer's nodes and exchanges; without experts, a step of the node it falls into."""
+        index = self.num_layers
+        self.num_layers += 1
+        if not layer.is_moe_layer:
+            self.steps.append(functools.partial(self._dense, layer))
+            return
+        route = self._route(layer, index)
+        attention = functools.partial(
+            self._until_router, self.begin, tuple(self.steps), layer, route
+        )
+        experts = functools.partial(self._experts, layer, route)
+        self.compute.append(self._node("attention", index, attention, self.recompute.attention))
+        self.exchanges.append(Dispatch(route))
+        self.compute.append(self._node("experts", index, experts, self.recompute.experts))
+        self.exchanges.append(Combine(route))
+        self.begin, self.steps = functools.partial(self._residual, layer, route), []
 
     def _node(
         self, name: str, layer: int | None, function: Callable[..., Tensors], again: bool
@@ -192,7 +229,7 @@ class _Builder:
             dispatcher.combine_grad_fp8,
         )
 
-    def _enter(self, hidden: Tensor | None = None) -> Tensor:
+    def _enter(self, hidden: Tensor | None = None) -> tuple[Tensor, ...]:
         model, call = self.model, self.call
         if not model.pre_process:
             model.decoder.set_input_tensor(hidden)
@@ -211,12 +248,12 @@ class _Builder:
         else:
             model.decoder.set_input_tensor(None)
         assert hidden is not None
-        return hidden
+        return (hidden,)
 
     def _until_router(
-        self, begin: _Hidden, dense: tuple[Any, ...], layer: Any, route: Route, *inputs: Tensor
+        self, begin: Step, steps: tuple[Step, ...], layer: Any, route: Route, *inputs: Tensor
     ) -> Tensors:
-        hidden = self._dense(dense, begin(*inputs))
+        hidden, *earlier = _through(steps, begin(*inputs))
         moe = layer.mlp
         mask = self.padding_mask
         with self._layer_scope(layer):
@@ -230,7 +267,7 @@ class _Builder:
         route.topk_idx = moe.token_dispatcher.topk_idx
         route.hidden_shape = moe.token_dispatcher.hidden_shape
         self._defer_engine(layer.self_attention, moe.shared_experts)
-        return (tokens, weights, hidden) if shared is None else (tokens, weights, hidden, shared)
+        return (tokens, weights, hidden, *(() if shared is None else (shared,)), *earlier)
 
     def _experts(self, layer: Any, route: Route, rows: Tensor, row_weights: Tensor) -> Tensors:
         assert route.handle is not None
@@ -253,22 +290,28 @@ class _Builder:
         route: Route,
         combined: Tensor,
         hidden: Tensor,
-        shared: Tensor | None = None,
-    ) -> Tensor:
+        *others: Tensor,
+    ) -> tuple[Tensor, ...]:
+        shared, earlier = None, list(others)
+        if layer.mlp.use_shared_expert:
+            shared, *earlier = others
         with self._layer_scope(layer):
             layer.mlp.token_dispatcher.hidden_shape = route.hidden_shape
             output = layer.mlp.postprocess(combined, shared)
             result: Tensor = layer._forward_post_mlp((output, None), hidden)
-        return result
+        return (result, *earlier)
 
-    def _dense(self, layers: tuple[Any, ...], hidden: Tensor) -> Tensor:
-        for layer in layers:
-            with self._layer_scope(layer):
-                hidden = layer._forward_mlp(
-                    self._attention(layer, hidden), padding_mask=self.padding_mask
-                )
-            self._defer_engine(layer.self_attention, layer.mlp)
-        return hidden
+    def _dense(self, layer: Any, hidden: Tensor, *earlier: Tensor) -> tuple[Tensor, ...]:
+        with self._layer_scope(layer):
+            hidden = layer._forward_mlp(
+                self._attention(layer, hidden), padding_mask=self.padding_mask
+            )
+        self._defer_engine(layer.self_attention, layer.mlp)
+        return (hidden, *earlier)
+
+    def _final_norm(self, hidden: Tensor, *earlier: Tensor) -> tuple[Tensor, ...]:
+        norm = self.model.decoder.final_layernorm
+        return (hidden if norm is None else norm(hidden), *earlier)
 
     def _attention(self, layer: Any, hidden: Tensor) -> Tensor:
         extra = self.call.extra_block_kwargs or {}
@@ -282,17 +325,16 @@ class _Builder:
         )[0]
         return attended
 
-    def _leave(self, begin: _Hidden, dense: tuple[Any, ...], *inputs: Tensor) -> Tensors:
+    def _leave(self, begin: Step, steps: tuple[Step, ...], *inputs: Tensor) -> Tensors:
         model, call = self.model, self.call
-        hidden = self._dense(dense, begin(*inputs))
-        if model.decoder.final_layernorm is not None:
-            hidden = model.decoder.final_layernorm(hidden)
+        last, *earlier = _through(steps, begin(*inputs))
         output = model._postprocess(
-            hidden_states=hidden,
+            # Depth after depth, as Megatron's MTP block hands them on.
+            hidden_states=torch.cat([*earlier, last]) if earlier else last,
             input_ids=call.input_ids,
             position_ids=call.position_ids,
             labels=call.labels,
-            mtp_in_postprocess=model.mtp_process,
+            mtp_in_postprocess=False,  # they were nodes
             loss_mask=call.loss_mask,
             attention_mask=call.attention_mask,
             packed_seq_params=call.packed_seq_params,
@@ -313,8 +355,12 @@ class _Builder:
                 stack.enter_context(get_cuda_rng_tracker().fork())
             if self.config.fp8:
                 # With delayed scaling the recipe is one for all layers.
-                delayed = self.config.fp8_recipe == "delayed"
-                number = () if delayed else (layer.layer_number - 1,)
+                # Megatron gives MTP layers no number of their own.
+                is_alike = (
+                    self.config.fp8_recipe == "delayed"
+                    or layer.layer_number > self.config.num_layers
+                )
+                number = () if is_alike else (layer.layer_number - 1,)
                 stack.enter_context(get_fp8_context(self.config, *number))
             yield
 

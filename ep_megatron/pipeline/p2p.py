@@ -176,24 +176,81 @@ class Channel:
             work.wait()  # on a GPU this makes the stream wait, not the host
             return
         future: Future[None] = work if isinstance(work, Future) else self._waiter.add(work)
-        deadline = time.monotonic() + self._wire.timeout
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                future.result(max(0.0, min(left, _POLL_SECONDS)))
-                return
-            except FutureTimeout:
-                if left > 0:
-                    continue
-                reason = f"nothing within {self._wire.timeout:g} s"
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0][:200]
+        reason = _problem_of(future, self._wire.timeout)
+        if reason:
             way = "forward" if self.link.way == "F" else "backward"
             raise RuntimeError(
                 f"pipeline {what}: expected message {self._count} of the {way} between stages "
-                f"{self.link.border} and {self.link.border + 1} to pass, got {reason}; pipeline "
-                f"rank {self.link.peer} (rank {self._peer} of the world) is late or gone"
+                f"{self.link.border} and {self.link.border + 1} within {self._wire.timeout:g} s, "
+                f"got {reason}; pipeline rank {self.link.peer} (rank {self._peer} of the world) is "
+                "late or gone"
             )
+
+
+def swap(
+    group: dist.ProcessGroup, sent: list[Tensor], received: list[Tensor], timeout: float
+) -> None:
+    """Send tensors to rank `P - 1 - r` of a group, and receive what it sends, in its order.
+
+    Args:
+        group: P ranks, over which nothing else is under way.
+        sent: are read before it returns.
+        received: shaped as the other rank's `sent`.
+        timeout: seconds to wait for the other rank.
+
+    Raises:
+        RuntimeError: the other rank is late or gone.
+    """
+    if not sent and not received:
+        return
+    ranks = dist.get_process_group_ranks(group)
+    mirror = len(ranks) - 1 - group.rank()
+    peer, deadline, reason = ranks[mirror], time.monotonic() + timeout, ""
+    outgoing = [tensor.contiguous() for tensor in sent]
+    incoming = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in received]
+    # All at once: the two ranks may have other numbers of tensors, in the other's order.
+    operations = [dist.P2POp(dist.isend, tensor, peer, group) for tensor in outgoing]
+    operations += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor in incoming]
+    waiter = _Waiter()
+    try:
+        works = dist.batch_isend_irecv(operations)
+        if operations[0].tensor.device.type == "cpu":
+            for future in [waiter.add(work) for work in works]:
+                left = max(0.0, deadline - time.monotonic())
+                reason = reason or _problem_of(future, left)
+        else:
+            for work in works:
+                work.wait()
+    except RuntimeError as error:  # the connection is gone already
+        reason = _first_line(error)
+    finally:
+        waiter.close()
+    if reason:
+        raise RuntimeError(
+            f"pipeline: expected the other copies of this rank's stages within {timeout:g} s, got "
+            f"{reason}; pipeline rank {mirror} (rank {peer} of the world) is late or gone"
+        )
+    for tensor, values in zip(received, incoming, strict=True):
+        tensor.copy_(values)
+
+
+def _problem_of(future: "Future[None]", timeout: float) -> str:
+    """Wait until a message has passed; return why it has not. Hears Ctrl-C."""
+    deadline = time.monotonic() + timeout
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            future.result(max(0.0, min(left, _POLL_SECONDS)))
+            return ""
+        except FutureTimeout:
+            if left <= 0:
+                return "nothing"
+        except RuntimeError as error:
+            return _first_line(error)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).splitlines()[0][:200]
 
 
 def _is_done(work: Any) -> bool:

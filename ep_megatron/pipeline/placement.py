@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron.pipeline.action import Action, Kind, Schedule
+from ep_megatron.pipeline.p2p import swap
 from ep_megatron.pipeline.schedule import make_schedule
 
 V_SHAPED = ("zbv", "dualpipev")
@@ -202,25 +203,32 @@ def _check_placeable(name: str, config: Any) -> None:
             f"pipeline: expected virtual_pipeline_model_parallel_size of {name} to be {wanted}, "
             f"got {config.virtual_pipeline_model_parallel_size}"
         )
-    for field in ("pipeline_model_parallel_layout", "mtp_num_layers"):
-        if getattr(config, field, None):
-            raise ValueError(
-                f"pipeline: expected {field} of {name} to be left out, got "
-                f"{getattr(config, field)}; Megatron looks it up by the global pipeline rank"
-            )
+    if config.pipeline_model_parallel_layout:
+        raise ValueError(
+            f"pipeline: expected pipeline_model_parallel_layout of {name} to be left out, got "
+            f"{config.pipeline_model_parallel_layout}; Megatron looks it up by the global pipeline "
+            "rank"
+        )
 
 
-def join_chunks(name: str, models: list[Any], pp_group: dist.ProcessGroup) -> None:
+def join_chunks(
+    name: str, models: list[Any], pp_group: dist.ProcessGroup, timeout: float = 600.0
+) -> None:
     """Make parameters that stand for one and the same equal; call it before an optimizer is made.
 
     Collective over the pipeline ranks. With tied embeddings on a V or two ways, the head gets the
-    embedding's weight. Two ways, the second copy of each stage gets the first one's parameters and
-    buffers, and is marked as shared, so that norms of gradients count it once.
+    embedding's weight; with multi-token prediction, the embedding beside the loss does. Two ways,
+    the second copy of each stage gets the first one's parameters and buffers, and is marked as
+    shared, so that norms of gradients count it once.
 
     Args:
         name: of the schedule.
         models: this rank's chunks, wrapped or not.
         pp_group: the pipeline ranks.
+        timeout: seconds to wait for the rank with the other copies.
+
+    Raises:
+        RuntimeError: naming that rank, if it is late or gone.
     """
     from megatron.core.utils import unwrap_model
 
@@ -229,7 +237,7 @@ def join_chunks(name: str, models: list[Any], pp_group: dist.ProcessGroup) -> No
         first, second = chunks
         mine = [*first.parameters(), *first.buffers()]
         copies = [*second.parameters(), *second.buffers()]
-        swap(pp_group, [t.data for t in mine], [t.data for t in copies])
+        swap(pp_group, [t.data for t in mine], [t.data for t in copies], timeout)
         for parameter in second.parameters():
             parameter.shared = True
     with torch.no_grad():
@@ -246,26 +254,15 @@ def has_joined_ends(schedule: Schedule) -> bool:
 
 
 def tied_pairs(chunks: list[Any]) -> list[tuple[Any, Any]]:
-    """Return (embedding, head) weights on this rank that are two tensors for one parameter."""
+    """Return pairs of weights on this rank that are two tensors for one parameter.
+
+    The embedding of the first stage, and that of the last one's multi-token prediction, or where
+    embedding and head are tied and there is none, the head.
+    """
     return [
         (one.shared_embedding_or_output_weight(), other.shared_embedding_or_output_weight())
         for one in chunks
         for other in chunks
         if one.pre_process and other.post_process and one is not other
-        if one.share_embeddings_and_output_weights
+        if one.share_embeddings_and_output_weights or other.mtp_process
     ]
-
-
-def swap(group: dist.ProcessGroup, sent: list[torch.Tensor], received: list[torch.Tensor]) -> None:
-    """Send tensors to rank `P - 1 - r` of a group, and receive what it sends, in its order."""
-    ranks = dist.get_process_group_ranks(group)
-    peer = ranks[len(ranks) - 1 - group.rank()]
-    outgoing = [tensor.contiguous() for tensor in sent]
-    incoming = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in received]
-    # All at once: the two ranks may have other numbers of tensors, in the other's order.
-    operations = [dist.P2POp(dist.isend, tensor, peer, group) for tensor in outgoing]
-    operations += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor in incoming]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    for tensor, values in zip(received, incoming, strict=True):
-        tensor.copy_(values)

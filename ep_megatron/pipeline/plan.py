@@ -1,7 +1,7 @@
 """Answer a planner's question: of these schedules and sizes, which step is the shortest?"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ep_megatron.pipeline.costs import profile_costs
@@ -59,6 +59,37 @@ def cases(
     ):
         chunks = num_chunks if name.startswith("interleaved") else None
         yield Case(name, ranks, microbatches, chunks, experts, sms)
+
+
+def cluster_cases(
+    asked: Iterator[Case], num_gpus: int, global_batch: int, profile: Profile
+) -> Iterator[Case]:
+    """Yield the cases that a cluster and a batch admit, with the micro-batches they come to.
+
+    What is not a pipeline rank or its expert group is data parallelism; tensors are whole.
+
+    Args:
+        asked: combinations whose number of micro-batches does not matter.
+        num_gpus: of the cluster.
+        global_batch: micro-batches of one step on all GPUs.
+        profile: knows the expert-parallel size of a case that names none.
+
+    Raises:
+        ValueError: there is only one of the two.
+    """
+    if num_gpus < 1 or global_batch < 1:
+        raise ValueError(
+            "simulate: expected --gpus and --global-batch to be positive and to come together, "
+            f"got {num_gpus} and {global_batch}"
+        )
+    own = profile.exchange.expert_parallel if profile.exchange else 1
+    for case in asked:
+        data_parallel, rest = divmod(num_gpus, case.pipeline_parallel)
+        if rest or data_parallel == 0 or global_batch % data_parallel:
+            continue
+        if data_parallel % (case.expert_parallel or own):
+            continue
+        yield replace(case, num_microbatches=global_batch // data_parallel)
 
 
 def run_case(case: Case, profile: Profile, options: Options, imbalance: float = 1.0) -> Outcome:

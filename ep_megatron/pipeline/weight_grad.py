@@ -13,6 +13,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Deferred = list[Callable[[], None]]
+
+@dataclass(frozen=True)
+class Half:
+    """The weight's half of a backward; `compute` returns the gradient, of whatever `weight` is.
+
+    Without a weight it accumulates its gradients itself.
+    """
+
+    compute: Callable[[], Tensor | None]
+    weight: Tensor | None = None
+
+
+Deferred = list[Half]
 """Weight gradients still to be computed, in order."""
 
 _deferred: ContextVar[Deferred | None] = ContextVar("deferred", default=None)
@@ -42,21 +55,37 @@ def deferred_to(deferred: Deferred) -> Iterator[None]:
 def defer(function: Callable[[], None]) -> None:
     """Leave `function` to the node that is running forwards; for modules with halves of their own.
 
+    It accumulates the gradients that it computes.
+
     Raises:
         RuntimeError: outside a node.
     """
     deferred = _deferred.get()
     if deferred is None:
         raise RuntimeError("defer: expected to be called inside a pipeline node, got no node")
-    deferred.append(function)
+    deferred.append(Half(function))
 
 
 def run_deferred(deferred: Deferred) -> None:
-    """Compute and accumulate what is in `deferred`, in order, and empty it. Not collective."""
+    """Compute and accumulate what is in `deferred`, in order, and empty it. Not collective.
+
+    Gradients of a weight that was used more than once are added up before they are accumulated, as
+    autograd does.
+    """
+    totals: dict[int, Tensor] = {}
     # Outside the engine grad mode is on, and a gradient computed so would hold the activations.
     with torch.no_grad():
         while deferred:
-            deferred.pop(0)()
+            half = deferred.pop(0)
+            gradient, weight = half.compute(), half.weight
+            if weight is None or gradient is None:
+                continue
+            if id(weight) in totals:
+                gradient = totals.pop(id(weight)).add_(gradient)
+            if any(other.weight is weight for other in deferred):
+                totals[id(weight)] = gradient
+            else:
+                torch.autograd.backward(weight, gradient)
 
 
 def split_linears(model: torch.nn.Module) -> None:
@@ -146,12 +175,11 @@ class _SplitLinear(torch.autograd.Function):
         # The gathering for the weight's gradient is done at its turn on every rank of the group.
         gather = functools.partial(_gather, x, group) if ctx.sequence_parallel else lambda: x
 
-        def compute() -> None:
+        def compute() -> Tensor:
             total = gather()
-            gradient = rows.t().matmul(total.contiguous().view(-1, total.shape[-1]))
-            torch.autograd.backward(weight, gradient)
+            return rows.t().matmul(total.contiguous().view(-1, total.shape[-1]))
 
-        ctx.deferred.append(compute)
+        ctx.deferred.append(Half(compute, weight))
         grad_bias = rows.sum(dim=0) if ctx.has_bias else None
         return grad_x, grad_bias, None, None, None, None, None
 

@@ -87,6 +87,7 @@ def build_layer_specs(
     transformer_impl: str | None,
     vp_stage: int | None,
     pp_rank: int | None = None,
+    has_loss: bool | None = None,
 ) -> Any:
     """Return the block spec of this pipeline stage, and that of its MTP layers or None.
 
@@ -95,11 +96,17 @@ def build_layer_specs(
         transformer_impl: the config key of that name.
         vp_stage: the model chunk of an interleaved pipeline, else None.
         pp_rank: pipeline rank that the chunk is built as; None is this process's.
+        has_loss: whether the chunk has the loss, and with it MTP layers; None asks Megatron, which
+            goes by this process's pipeline rank.
     """
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_decoder_layer_specs,
         get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer.multi_token_prediction import (
+        MultiTokenPredictionBlockSubmodules,
+        get_mtp_layer_spec,
     )
 
     engine = uses_transformer_engine(transformer_impl)
@@ -115,14 +122,19 @@ def build_layer_specs(
             _use_torch_modules(layer, config.normalization)
         if block.layer_norm is not None and config.normalization == "RMSNorm":
             block.layer_norm = RMSNorm
-    mtp = None
-    if config.mtp_num_layers:
+    if not config.mtp_num_layers or has_loss is False:
+        return block, None
+    if block.layer_specs:
+        last = block.layer_specs[-1]
+    else:
         # A stage may hold MTP layers alone; they are like the last decoder layer.
-        last = block
-        if not block.layer_specs:
-            last = get_gpt_decoder_layer_specs(config, engine, config.normalization)[-1]
-            if not engine:
-                _use_torch_modules(last, config.normalization)
+        last = get_gpt_decoder_layer_specs(config, engine, config.normalization)[-1]
+        if not engine:
+            _use_torch_modules(last, config.normalization)
+    if has_loss:
+        layer = get_mtp_layer_spec(last, engine)
+        mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * config.mtp_num_layers)
+    else:
         mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=engine, vp_stage=vp_stage)
     return block, mtp
 

@@ -113,8 +113,10 @@ def build_model(config: Config, megatron_config: Any, vocab_size: int) -> list[A
             model.cuda(torch.cuda.current_device())
         if config.bf16:
             model = Float16Module(megatron_config, model)
+        # Both copies of a stage are reduced in the same pieces, so that they stay equal in bits.
+        is_whole = chunk > 0 or config.pipeline_schedule == "dualpipe"
         models.append(
-            DistributedDataParallel(megatron_config, ddp_config, model, disable_bucketing=chunk > 0)
+            DistributedDataParallel(megatron_config, ddp_config, model, disable_bucketing=is_whole)
         )
     for model in models:
         model.broadcast_params()
@@ -150,8 +152,11 @@ def _gpt(config: Config, megatron_config: Any, vocab_size: int, placed: ChunkPla
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
+    # A layout says itself where MTP layers are.
+    is_ours = config.pipeline_schedule and not config.pipeline_model_parallel_layout
+    has_loss = placed.post_process if is_ours else None
     block, mtp = build_layer_specs(
-        megatron_config, config.transformer_impl, placed.vp_stage, placed.pp_rank
+        megatron_config, config.transformer_impl, placed.vp_stage, placed.pp_rank, has_loss
     )
     model = GPTModel(
         megatron_config,

@@ -48,16 +48,10 @@ def check_pipeline(config: Any) -> None:
             "expected num-virtual-stages-per-pipeline-rank to be left out for pipeline-schedule "
             f"{name}, got {asked}"
         )
-    for key in ("pipeline_model_parallel_layout", "mtp_num_layers"):
-        if name in (*V_SHAPED, "dualpipe") and getattr(config, key):
-            raise ValueError(
-                f"expected {key.replace('_', '-')} to be left out for pipeline-schedule {name}, "
-                f"got {getattr(config, key)}"
-            )
-    if name == "dualpipe" and config.use_distributed_optimizer:
+    if name in (*V_SHAPED, "dualpipe") and config.pipeline_model_parallel_layout:
         raise ValueError(
-            "expected use-distributed-optimizer to be false for pipeline-schedule dualpipe, got "
-            "true; the copies of a stage would need equal shards"
+            "expected pipeline-model-parallel-layout to be left out for pipeline-schedule "
+            f"{name}, got {config.pipeline_model_parallel_layout}"
         )
 
 

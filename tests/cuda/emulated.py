@@ -6,6 +6,7 @@ waits for a report is a thread of a kernel of its own, so that it knows what its
 and no more.
 """
 
+import os
 import threading
 import time
 import weakref
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ep_megatron import _cuda
-from ep_megatron.backends.base import Call
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.device import HostMemory, Launch, Memory
 from ep_megatron.backends.meeting import Meeting
@@ -210,8 +211,11 @@ class ThreadMeeting(Meeting):
         self.rank, self.num_ranks, self.timeout = rank, len(table.messages), 120.0
         self._table = table
 
-    def exchange(self, operation: str, message: Tensor) -> Tensor:
-        received = torch.stack(self._table.lay(self.rank, message.clone()))
+    def exchange(self, operation: str, message: Tensor, at_most: int | None = None) -> Tensor:
+        messages = self._table.lay(self.rank, message.clone())
+        if at_most is not None:
+            messages = [pad(one, (0, at_most - len(one))) for one in messages]
+        received = torch.stack(messages)
         self._table.barrier.wait(self.timeout)
         return received
 
@@ -223,20 +227,22 @@ class ThreadReference(ProcessGroupBackend):
         self._meeting = ThreadMeeting(rank, table)
         self.rank, self.num_ranks = rank, len(table.messages)
         self._num_calls, self._broken, self._table = 0, "", table
-
-    def _agree(self, operation: str, call: Call | None, error: str = "") -> None:
-        self._num_calls += 1
-        self._meeting.agree(operation, call, error)
+        self._process = os.getpid()
 
     def _count(self, operation: str) -> None:
         """A reference counts nothing."""
 
     def _all_to_all(
-        self, values: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...]
-    ) -> Tensor:
-        sent = self._table.lay(self.rank, values.split(send_counts))
-        received = torch.cat([parts[self.rank] for parts in sent])
-        assert len(received) == sum(recv_counts)
+        self,
+        values: Sequence[Tensor],
+        send_counts: tuple[int, ...],
+        recv_counts: tuple[int, ...],
+    ) -> list[Tensor]:
+        sent = self._table.lay(self.rank, [value.split(send_counts) for value in values])
+        received = [
+            torch.cat([parts[index][self.rank] for parts in sent]) for index in range(len(values))
+        ]
+        assert all(len(value) == sum(recv_counts) for value in received)
         self._table.barrier.wait(self._meeting.timeout)
         return received
 
