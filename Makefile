@@ -1,4 +1,4 @@
-# make pretrain | test | bench | check | format | clean: each sets up .venv and builds csrc/ when needed.
+# make pretrain | test | bench | check | format | sanitize | clean: each sets up .venv and builds csrc/ when needed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CONFIG ?= examples/tiny_deepseek.yaml
@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 FORMATTED := $(shell git ls-files '*csrc/*.cpp' '*csrc/*.h' '*csrc/*.cu' '*csrc/*.cuh')
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain test bench check format clean
+.PHONY: pretrain test bench check format sanitize clean
 
 # The package list is installed when it changes, the extension is built when a source changes.
 .venv/packages: requirements-dev.txt requirements-cuda.txt
@@ -50,6 +50,12 @@ format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+# The multi-rank tests of shared memory against _cpu built with sanitizers, in a copy: minutes, not part of test.
+SANITIZED := test_row_kernels test_fp8_kernels test_dispatch test_fp8_dispatch test_async test_capacity \
+  test_low_latency test_low_latency_masks test_memory test_security test_errors test_statistics
+sanitize: .venv/built
+	for kind in address,undefined thread; do ./tests/sanitize.sh $$kind $(SANITIZED) || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info ep_megatron/*.so

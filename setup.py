@@ -2,7 +2,7 @@
 
 They link no torch library, so one build serves every torch. The CPU's row kernels are compiled once
 per instruction set and chosen at run time; every other source is compiled once.
-EP_SANITIZE=address|undefined|thread builds with that sanitizer.
+EP_SANITIZE=address,undefined or thread builds `_cpu` with those sanitizers (`make sanitize`).
 """
 
 import os
@@ -167,7 +167,7 @@ extensions = [
         include_dirs=[pybind11.get_include()],
     )
 ]
-if CUDA is not None:
+if CUDA is not None and not os.environ.get("EP_SANITIZE"):
     # The static runtime, and no driver library: the extension loads on a machine without a GPU.
     extensions.append(
         Extension(

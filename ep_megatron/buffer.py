@@ -18,7 +18,7 @@ from ep_megatron.arguments import (
     combine_rows,
     dispatch_rows,
 )
-from ep_megatron.backends.base import Backend, CountingBackend, Routing, Rows
+from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.calls import Calls
 from ep_megatron.communicator import group_of
 from ep_megatron.config import BufferConfig
@@ -26,14 +26,14 @@ from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import AnyHandle
 from ep_megatron.low_latency import LowLatencyVerbs
 from ep_megatron.settings import Settings
-from ep_megatron.statistics import BufferStatistics
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap
+from ep_megatron.watched import Watched
 
 _Checked = TypeVar("_Checked")
 LayoutResult = tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]
 
 
-class Buffer(LowLatencyVerbs, Settings):
+class Buffer(LowLatencyVerbs, Watched, Settings):
     """Dispatch and combine for the ranks of one process group.
 
     Collective constructor. One Buffer serves any number of layers and micro-batches at a time:
@@ -97,6 +97,7 @@ class Buffer(LowLatencyVerbs, Settings):
             )
         self._calls = Calls(self._backend, self._low_latency)
         self.rank, self.group_size = self._backend.rank, self._backend.num_ranks
+        self._watch()
 
     @property
     def backend(self) -> str:
@@ -113,22 +114,6 @@ class Buffer(LowLatencyVerbs, Settings):
         self._backend.close()
         if self._low_latency is not None:
             self._low_latency.close()
-
-    def statistics(self) -> BufferStatistics:
-        """Return what this rank has counted since the Buffer was made.
-
-        Local, from any thread, at any time; a call that still runs is not in it. Costs nothing
-        that calls do not pay already.
-
-        Raises:
-            NotImplementedError: for backends other than `shared_memory`.
-        """
-        if not isinstance(self._backend, CountingBackend):
-            raise NotImplementedError(
-                f"statistics: expected a backend that counts, got {self.backend}; shared_memory "
-                "does"
-            )
-        return self._backend.statistics()
 
     def get_comm_stream(self) -> CPUStream:
         """Return the stream that asynchronous calls of rows on a CPU run on."""
@@ -298,10 +283,11 @@ class Buffer(LowLatencyVerbs, Settings):
             )
             counts = []
         else:
-            received, new_handle, event = self._calls.dispatch(
+            received, exact_handle, event = self._calls.dispatch(
                 rows, routing, previous_event, async_finish
             )
-            counts = list(new_handle.num_recv_tokens_per_expert)
+            self._count_experts(exact_handle)
+            new_handle, counts = exact_handle, list(exact_handle.num_recv_tokens_per_expert)
         if recompute.is_recording():
             event = self._calls.keep(routing, received, new_handle, event, async_finish)
         return (

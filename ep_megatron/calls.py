@@ -34,6 +34,9 @@ class Calls:
     Args:
         backend: gets one call at a time.
         low_latency: likewise, in the same order.
+
+    Attributes:
+        after: called after each call that ended without an error, on its thread.
     """
 
     def __init__(self, backend: Backend, low_latency: LowLatencyBackend | None = None) -> None:
@@ -47,6 +50,7 @@ class Calls:
         self.stream = CPUStream("ep_megatron communication", interrupt)
         self._one_at_a_time = threading.Lock()
         self._num_threads: int | None = None  # that the backend knows of
+        self.after: Callable[[], None] = _nothing
 
     def run(
         self,
@@ -98,6 +102,7 @@ class Calls:
                         if self._low_latency is not None:
                             self._low_latency.limit_threads(self._num_threads)
                     call()
+                self.after()
             finally:
                 if at_end is not None:
                     at_end()
@@ -317,6 +322,10 @@ class Calls:
             fail(operation, str(error).removeprefix(f"{operation}: "))
         except RuntimeError as second:
             raise error from second
+
+
+def _nothing() -> None:
+    """Stand for what nobody asked for."""
 
 
 def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:

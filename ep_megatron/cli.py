@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ep_megatron.cli_care import doctor, soak
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -18,6 +20,9 @@ def pretrain(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML file of Megatron arguments.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(help="Restarts from the last checkpoint after a process has failed.")
+    ] = 0,
     keys: Annotated[bool, typer.Option("--keys", help="List all keys of a config.")] = False,
 ) -> None:
     """Train a GPT from a config; any key may follow, as `--num-layers 4`.
@@ -42,7 +47,8 @@ def pretrain(
             num_processes = settings.num_processes or settings.model_parallel_size
             settings.check_world_size(num_processes)
             command = ["-m", "ep_megatron.cli", "pretrain", "--config", str(config), *context.args]
-            code = run_processes(num_processes, [*command, *(["--resume"] if resume else [])])
+            command += ["--resume"] if resume else []
+            code = run_processes(num_processes, command, max_restarts)
     except (ValueError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -328,33 +334,6 @@ def scale(  # noqa: PLR0913  (every parameter is an option)
         raise typer.Exit(1) from None
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Look at this machine and this installation: what is there, what it enables, how to get more.
-
-    Ends with 1 if something that is needed is missing or will fail under load.
-    """
-    import json
-    from dataclasses import asdict
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from ep_megatron.doctor import Machine, examine, is_fit
-
-    findings = examine(Machine())
-    if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
-    else:
-        table = Table("", "part", "found", "enables", "fix")
-        for finding in findings:
-            table.add_row(finding.status, finding.name, finding.found, finding.enables, finding.fix)
-        Console(markup=False).print(table)
-    raise typer.Exit(0 if is_fit(findings) else 1)
-
-
 def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
         raise typer.BadParameter(f"{option}: expected positive numbers, got {text!r}")
@@ -389,6 +368,10 @@ def _print_keys() -> None:
         for row in describe_keys(section):
             table.add_row(*row)
         console.print(table)
+
+
+app.command()(doctor)
+app.command()(soak)
 
 
 def main() -> None:

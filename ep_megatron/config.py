@@ -37,6 +37,12 @@ class BufferConfig:
             one value that may differ between ranks.
         float32_between_hosts: whether `hierarchical` returns a host's sums in float32, twice the
             bytes, instead of rounded to the dtype of the rows.
+        statistics_dir: folder to which each rank writes its statistics, at most once a second, for
+            `ep-megatron doctor --live`; None takes the environment variable
+            `EP_MEGATRON_STATISTICS_DIR`, and without it writes nothing.
+        check_rows: debugging: after every dispatch of rows that are not cast on their way, hashes
+            of the rows follow them, and a RuntimeError names the first row that came changed; None
+            takes the environment variable `EP_MEGATRON_CHECK_ROWS` (1 for True).
     """
 
     backend: str = "auto"
@@ -50,6 +56,8 @@ class BufferConfig:
     shm_dir: str = "/dev/shm"
     host_id: str | None = None
     float32_between_hosts: bool = False
+    statistics_dir: str | None = None
+    check_rows: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

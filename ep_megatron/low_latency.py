@@ -29,6 +29,7 @@ from ep_megatron.packed_arguments import (
     check_tensor,
     recipe_of,
 )
+from ep_megatron.statistics import CallCounts
 from ep_megatron.streams import EventOverlap
 
 Hook = Callable[[], None]
@@ -71,6 +72,7 @@ class LowLatencyVerbs:
 
     _calls: Calls
     _low_latency: LowLatencyBackend | None
+    _packed_counts: CallCounts
     group_size: int
     enable_shrink: bool
 
@@ -144,6 +146,7 @@ class LowLatencyVerbs:
 
         def receive(number: int) -> None:
             backend.receive_dispatch(number, call, packed)
+            self._count_waits(call, packed.waited, topk_idx)
             if stats[0] is not None:
                 stats[0].add_(packed.count)
             if stats[1] is not None:
@@ -231,6 +234,7 @@ class LowLatencyVerbs:
         def receive(number: int) -> None:
             idx, weights = topk_idx.contiguous(), topk_weights.detach().contiguous()
             backend.receive_combine(number, call, idx, weights, combined, waited)
+            self._count_waits(call, waited, idx)
             if stats[1] is not None:
                 stats[1].add_(waited.to(stats[1].device))
 
@@ -315,6 +319,19 @@ class LowLatencyVerbs:
             name, lambda: numbers.append(send()), inputs=inputs, fail=backend.fail
         )
         return event, ReceiveHook(lambda: self._receive(name, receive, numbers[0]))
+
+    def _count_waits(self, call: LowLatencyCall, waited: Tensor, topk_idx: Tensor) -> None:
+        """Count a call: what it waited for, and rows sent (dispatch) or read (combine) by rank."""
+        if topk_idx.device.type != "cpu":
+            return  # to look at what a GPU has would be to wait for it
+        width = 2 * call.hidden
+        if call.recipe is not None:
+            width = call.hidden + 4 * call.recipe.num_scales(call.hidden)
+        local = call.num_experts // self.group_size
+        used = topk_idx[topk_idx >= 0].to(torch.int64) // local
+        rows = torch.bincount(used, minlength=self.group_size)
+        waits = [1e-9 * nanoseconds for nanoseconds in waited.tolist()]
+        self._packed_counts.add_waits(call.name, waits, (rows * width).tolist())
 
     def _receive(self, name: str, receive: Callable[[int], None], number: int) -> None:
         self._calls.run(name, lambda: receive(number))

@@ -164,7 +164,7 @@ def test_a_wait_for_queued_work_hears_ctrl_c() -> None:
         ranks.others_name(0, says="rank 0 gave up in call 3")
 
 
-@pytest.mark.parametrize("backend", ["shared_memory", "process_group"])
+@pytest.mark.parametrize("backend", ["shared_memory", "process_group", "hierarchical"])
 def test_a_rank_ends_with_work_in_flight(backend: str, tmp_path: Path) -> None:
     """A script may end without waiting for its last call: the other, who is late, gets its rows."""
     code = """
@@ -185,7 +185,11 @@ if rank == 1:
     arguments = [backend, str(tmp_path / "store")]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), *arguments], stdout=PIPE, stderr=PIPE, text=True
+            [sys.executable, "-c", code, str(rank), *arguments],
+            env={**os.environ, "EP_MEGATRON_HOST_ID": str(rank)},
+            stdout=PIPE,
+            stderr=PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -258,8 +262,9 @@ def test_a_broken_buffer_says_so() -> None:
             assert ranks.answer(rank)[:2] == ("returned", "said so")
 
 
-def test_a_fork_is_refused() -> None:
-    with Ranks("shared_memory", use_in_fork) as ranks:
+@pytest.mark.parametrize("backend", ["shared_memory", "process_group"])
+def test_a_fork_is_refused(backend: str) -> None:
+    with Ranks(backend, use_in_fork) as ranks:
         ranks.go()
         for rank in range(3):
             assert ranks.answer(rank)[0] == "returned"

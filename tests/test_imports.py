@@ -25,6 +25,7 @@ FLOORS = [
     {
         "layout",
         "casts",
+        "live",
         "backends.base",
         "settings",
         "communicator",
@@ -56,6 +57,7 @@ FLOORS = [
         "backends.wire",
         "backends.device_meeting",
         "backends.device_rows",
+        "backends.checked",
     },
     {
         "backends.hierarchical",
@@ -65,7 +67,7 @@ FLOORS = [
         "backends.packed_shared",
     },
     {"backends", "calls", "backends.cuda_nodes"},
-    {"low_latency"},
+    {"low_latency", "watched"},
     {"buffer"},
     {"autograd", "elastic", "ops", "pipeline.exchange"},
     {"experts", "deep_ep"},
@@ -74,7 +76,8 @@ FLOORS = [
     {"pipeline.duties"},
     {"pipeline.forward_backward"},
     {"train"},
-    {"bench", "doctor"},
+    {"bench", "doctor", "soak"},
+    {"cli_care"},
     {"cli"},
 ]
 # The pipeline's rooms that are about schedules, not about tensors, share the lowest floors.
@@ -99,7 +102,7 @@ for _other_floors in (SCHEDULE_FLOORS, RUNTIME_FLOORS):
     for _floor, _rooms in zip(FLOORS, _other_floors, strict=False):
         _floor |= _rooms
 # Inside these one room may use another of the same floor, as long as nothing goes in circles.
-WINGS = {"megatron", "train", "bench"}
+WINGS = {"megatron", "train", "bench", "soak"}
 
 
 def modules() -> dict[str, Path]:

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("megatron.core")
+from tensorboard.backend.event_processing.event_accumulator import (
+    EventAccumulator,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 300
@@ -100,6 +103,13 @@ def test_losses_fall_and_results_lie_where_the_run_says(folder: Path, whole: str
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").glob("events.*"))
     assert (run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "60"
+    assert "expert-parallel group of ranks 0, 1" in whole
+    assert "dispatch: mean milliseconds that a rank (row) waited for a rank (column)" in whole
+    assert re.search(r"expert \d of 8 got [\d.]+ times the mean of \d+ rows", whole)
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for name in ("wait-ms-per-dispatch", "bytes-per-combine", "expert-load-max-over-mean"):
+        assert [event.step for event in board.Scalars(name)] == list(range(5, 61, 5))
+    assert all(event.value >= 1 for event in board.Scalars("expert-load-max-over-mean"))
     for part in ("unigram entropy", "loss.png", "losses.jsonl", "tensorboard --logdir", "next"):
         assert part in whole
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ep_megatron.backends import checked
 from ep_megatron.backends.base import Backend
+from ep_megatron.backends.checked import CheckedBackend
 from ep_megatron.backends.meeting import Meeting, has_gloo
 from ep_megatron.backends.packed import LowLatencyBackend
 from ep_megatron.backends.packed_group import PackedGroup
@@ -46,6 +48,11 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
         hosts = meeting.gather_text("Buffer", host_id(config), MAX_HOST_ID_BYTES)
     if backend == "auto":
         backend, reason = _best(group, hosts)
+    if backend == "cuda" and checked.is_asked_for(config):
+        raise NotImplementedError(
+            "Buffer: expected check_rows to be False with backend 'cuda', got True; rows of CPU "
+            "ranks are checked"
+        )
     made: Backend
     # Only here: a machine without the compiled extension still has the process group.
     if backend == "shared_memory":
@@ -62,7 +69,7 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
         made = ProcessGroupBackend(group, config.timeout)
     if made.rank == 0:
         logger.info("Buffer: %d ranks, backend %s (%s)", made.num_ranks, backend, reason)
-    return made
+    return CheckedBackend(made) if checked.is_asked_for(config) else made
 
 
 def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:

@@ -8,8 +8,8 @@ and the token's rank adds the hosts' sums.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -21,15 +21,19 @@ from ep_megatron.backends.arrival import arrival_along
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
 from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, sum_weights
-from ep_megatron.backends.meeting import Gathering, PartOfMeeting
+from ep_megatron.backends.meeting import (
+    Gathering,
+    PartOfMeeting,
+    check_process,
+    keep_numbers,
+    renumbered,
+)
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
 from ep_megatron.backends.wire import Message, Status, Transfer, Wire
 from ep_megatron.config import BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle, HostHop
 from ep_megatron.hosts import Hosts
-
-# Marks ranks that are numbered in the whole group, in a text that else numbers them in the host.
-_GROUP_RANK = "rank\N{NO-BREAK SPACE}"
+from ep_megatron.statistics import BufferStatistics
 
 
 class HierarchicalBackend:
@@ -61,8 +65,7 @@ class HierarchicalBackend:
         self, rows: Rows, routing: Routing, announce: Announce | None = None
     ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
-        operation = "dispatch"
-        rows, routing = rows.contiguous(), routing.contiguous()
+        operation, rows, routing = "dispatch", rows.contiguous(), routing.contiguous()
         try:
             check_topk_range(operation, routing.topk_idx, routing.num_experts)
         except ValueError as error:
@@ -83,7 +86,9 @@ class HierarchicalBackend:
         )
         forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
         plan.settle(hop, everyone, forwarded_idx)
-        return self._spread(operation, rows, inner_rows, hop, place, with_idx=True), handle
+        received = self._spread(operation, rows, inner_rows, hop, place, with_idx=True)
+        self._wire.count(operation)
+        return received, handle
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
         """See `Backend.new_received`."""
@@ -95,14 +100,15 @@ class HierarchicalBackend:
         self, rows: Rows, handle: DispatchHandle, received: Received | None = None
     ) -> Rows:
         """See `Backend.dispatch_again`."""
-        operation = "cached dispatch"
-        rows = rows.contiguous()
+        operation, rows = "cached dispatch", rows.contiguous()
         hop = self._hop_of(operation, handle)
         self._agree(operation, Call.of(operation, rows, handle))
         inner_rows, _ = self._cross(
             operation, cast_rows(rows), hop.tokens_per_host, hop.num_forwarded
         )
-        return self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
+        arrived = self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
+        self._wire.count(operation)
+        return arrived
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
         """See `Backend.new_combined`."""
@@ -141,6 +147,7 @@ class HierarchicalBackend:
             out.copy_(total)
         if weights is not None and out_weights is not None:
             out_weights.copy_(sum_weights(weights, hop, handle))
+        self._wire.count("combine")
         return out, out_weights
 
     def fail(self, operation: str, error: str) -> None:
@@ -166,6 +173,10 @@ class HierarchicalBackend:
         self._broken = self._broken or "it was destroyed"
         self._inside.close()
         self._wire.close()
+
+    def statistics(self) -> BufferStatistics:
+        """See `CountingBackend`; bytes are those that cross hosts."""
+        return self._wire.statistics()
 
     # -- between hosts ----------------------------------------------------------------------------
 
@@ -344,12 +355,7 @@ class HierarchicalBackend:
         The ranks have agreed on the call, so a disagreement inside the host is a rank that says
         why it cannot go on.
         """
-        members = self.hosts.members[self._host]
-
-        def in_group(match: re.Match[str]) -> str:
-            return f"rank {members[int(match[1])]}"
-
-        text = re.sub(r"\brank (\d+)", in_group, str(error)).replace(_GROUP_RANK, "rank ")
+        text = renumbered(str(error), self.hosts.members[self._host])
         is_known = isinstance(error, ValueError | RuntimeError)
         if self._inside.is_broken or not isinstance(error, RuntimeError):
             self._break(text or type(error).__name__)
@@ -358,10 +364,8 @@ class HierarchicalBackend:
 
     def _tell_host(self, operation: str, reason: str) -> None:
         """Let this host's ranks hear why this one does not take part."""
-        try:
-            self._inside.fail(operation, reason.replace("rank ", _GROUP_RANK))
-        except (RuntimeError, ValueError):
-            return  # they have heard, or cannot any more
+        with suppress(RuntimeError, ValueError):  # they have heard, or cannot any more
+            self._inside.fail(operation, keep_numbers(reason))
 
     # -- the whole group --------------------------------------------------------------------------
 
@@ -373,11 +377,7 @@ class HierarchicalBackend:
                 f"{operation}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"{operation}: expected the process that made the Buffer ({self._process}), got a "
-                f"fork of it ({os.getpid()}); make a Buffer in this process"
-            )
+        check_process(operation, self._process)
         self._num_calls += 1
         try:
             return self._wire.agree(operation, call, counts, error)

@@ -3,6 +3,8 @@
 What every backend needs before rows move: to set itself up, and to find out that ranks disagree.
 """
 
+import os
+import re
 import secrets
 import struct
 import time
@@ -25,7 +27,9 @@ from ep_megatron.backends.base import (
 from ep_megatron.backends.waiter import Waiter, cut_off
 
 MAX_ERROR_BYTES = 512
-_HEADER = struct.Struct(f"<q{NUM_CALL_FIELDS}q")  # bytes of the error that follows, the call
+# Bytes of the error that follows, nanoseconds of the wall clock; then the call.
+_HEADER = struct.Struct(f"<2q{NUM_CALL_FIELDS}q")
+_WHOLE_RANK = "rank\N{NO-BREAK SPACE}"
 
 
 class Gathering(Protocol):
@@ -53,9 +57,11 @@ class Meeting:
     Attributes:
         num_calls: calls that this rank has begun to agree on.
         last_call: the last one that all ranks took part in, in words.
+        posted_at: when each rank came to it, in seconds of its own wall clock.
     """
 
     num_calls = 0
+    posted_at: Sequence[float] = ()
     last_call = "has made no call yet"
 
     def __init__(
@@ -147,19 +153,22 @@ class Meeting:
         self.num_calls += 1
         text = error.encode()[:MAX_ERROR_BYTES]
         numbers = b"" if counts is None else counts.numpy().tobytes()
-        header = _HEADER.pack(len(text), *(call or (0,) * NUM_CALL_FIELDS))
+        header = _HEADER.pack(len(text), time.time_ns(), *(call or (0,) * NUM_CALL_FIELDS))
         message = torch.frombuffer(bytearray(header + text + numbers), dtype=torch.uint8)
         # Sizes are not agreed on yet: what is posted for a message has room for any.
         at_most = _HEADER.size + MAX_ERROR_BYTES + 4 * (MAX_EXPERTS + self.num_ranks)
         answers = self.exchange(operation, message, at_most)
-        reports, bodies = [], []
+        reports, bodies, posted_at = [], [], []
         for answer in answers:
-            num_error_bytes, *fields = _HEADER.unpack(answer[: _HEADER.size].numpy().tobytes())
+            num_error_bytes, nanoseconds, *fields = _HEADER.unpack(
+                answer[: _HEADER.size].numpy().tobytes()
+            )
             body = answer[_HEADER.size :]
             told = body[:num_error_bytes].numpy().tobytes().decode(errors="replace")
+            posted_at.append(1e-9 * nanoseconds)
             reports.append(PeerReport(fields, told))
             bodies.append(body[: len(numbers)])
-        self.last_call = f"last call {self.num_calls}, {operation}"
+        self.last_call, self.posted_at = f"last call {self.num_calls}, {operation}", posted_at
         check_agreement(operation, reports)
         return None if counts is None else torch.stack(bodies).view(torch.int32)
 
@@ -189,6 +198,26 @@ class PartOfMeeting:
         """Return the `text` of every member. Collective over the whole."""
         texts = self._whole.gather_text(operation, text, num_bytes)
         return [texts[member] for member in self._members]
+
+
+def check_process(operation: str, process: int) -> None:
+    """Raise in a fork of the process that made a Buffer: its connections are the parent's."""
+    if os.getpid() != process:
+        raise RuntimeError(
+            f"{operation}: expected the process that made the Buffer ({process}), got a fork of it "
+            f"({os.getpid()}); make a Buffer in this process"
+        )
+
+
+def keep_numbers(text: str) -> str:
+    """Mark the ranks that a text names as ranks of the whole; `renumbered` leaves them."""
+    return text.replace("rank ", _WHOLE_RANK)
+
+
+def renumbered(text: str, members: Sequence[int]) -> str:
+    """Return a text that numbers ranks as a part of a meeting does, numbered as the whole does."""
+    found = re.sub(r"\brank (\d+)", lambda match: f"rank {members[int(match[1])]}", text)
+    return found.replace(_WHOLE_RANK, "rank ")
 
 
 def describe_late(late: Mapping[int, str], last_call: str) -> str:

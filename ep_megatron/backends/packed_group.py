@@ -4,6 +4,9 @@ A sending half posts a header and one message of rows to every rank; the receivi
 the headers, checks that the ranks agree, and then takes the rows. CPU tensors only.
 """
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from torch import Tensor
 from ep_megatron import casts
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import PeerReport
-from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Meeting
+from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Meeting, check_process
 from ep_megatron.backends.packed import (
     NUM_FIELDS,
     LowLatencyCall,
@@ -32,6 +35,7 @@ from ep_megatron.packed_arguments import check_counts
 
 _HEADER_BYTES = 8 * (NUM_FIELDS + 1) + MAX_ERROR_BYTES
 _NUM_TAGS = 1 << 20
+_SECONDS_TO_LEAVE = 5.0
 
 
 @dataclass
@@ -62,11 +66,12 @@ class PackedGroup:
     device_type = "cpu"
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, enable_shrink: bool) -> None:
+        self._broken = "it was never made"
         self._timeout, self._enable_shrink = timeout, enable_shrink
         self._meeting = Meeting(group, timeout, is_private=True)
         self._gloo, self.rank = self._meeting.gloo, self._meeting.rank
         self.num_ranks = self._meeting.num_ranks
-        self._num_calls, self._broken = 0, ""
+        self._num_calls, self._broken, self._process = 0, "", os.getpid()
         self._last_calls = ["has made no low-latency call yet"] * self.num_ranks
         self._masked = [0] * self.num_ranks
         self._pending: dict[int, _Pending] = {}
@@ -221,7 +226,23 @@ class PackedGroup:
 
     def close(self) -> None:
         """See `LowLatencyBackend.close`. The connections end with the object."""
+        self._let_go()
         self._broken = self._broken or "it was destroyed"
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give what was sent last a moment to leave: others may still be about to receive it."""
+        if self._broken or os.getpid() != self._process:
+            return
+        deadline = time.monotonic() + _SECONDS_TO_LEAVE
+        for sent in self._sent.values():
+            for _, _, work in sent.works:
+                with contextlib.suppress(RuntimeError):
+                    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        self._sent.clear()
 
     def _or_fail(self, name: str, check: Callable[[], None]) -> None:
         """Run `check()`; if it fails, let the other ranks hear of it before raising."""
@@ -245,6 +266,7 @@ class PackedGroup:
                 f"{name}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
+        check_process(name, self._process)
         number = self._num_calls + 1
         if number - 2 in self._pending:
             raise too_many_pending(name)

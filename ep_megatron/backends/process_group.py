@@ -4,6 +4,7 @@ A token travels once per destination rank. Expert-major rows are made, and summe
 holds the experts. T tokens here, M received, N expert-major rows, K top-k, R ranks, H hidden.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron.arguments import check_topk_range
-from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.base import OPERATIONS, Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
 from ep_megatron.backends.expert_major import (
     expand,
@@ -27,7 +28,13 @@ from ep_megatron.backends.expert_major import (
     sum_slots,
     weights_of_tokens,
 )
-from ep_megatron.backends.meeting import Meeting, describe_late, has_gloo, wait_for_each
+from ep_megatron.backends.meeting import (
+    Meeting,
+    check_process,
+    describe_late,
+    has_gloo,
+    wait_for_each,
+)
 from ep_megatron.handle import AnyHandle, DispatchHandle
 from ep_megatron.layout import (
     Counts,
@@ -37,6 +44,7 @@ from ep_megatron.layout import (
     occurs_in_row,
     round_up,
 )
+from ep_megatron.statistics import BufferStatistics, CallCounts
 
 _Result = TypeVar("_Result")
 _ROWS_TAG = 1  # of the first tensor on the connections, the next ones count up; 0 is the meeting's
@@ -62,8 +70,10 @@ class ProcessGroupBackend:
         # receive" on the connection that carries rows, where it would queue behind them.
         self._down = Meeting(group, timeout, is_private=True) if has_gloo(group) else None
         self.rank, self.num_ranks = self._meeting.rank, self._meeting.num_ranks
+        self._counts = CallCounts(self.rank, self.num_ranks)
+        self._num_bytes = [0] * self.num_ranks, [0] * self.num_ranks  # sent, received
         self._num_calls = 0
-        self._broken = ""
+        self._broken, self._process = "", os.getpid()
 
     def dispatch(
         self, rows: Rows, routing: Routing, announce: Announce | None = None
@@ -90,6 +100,7 @@ class ProcessGroupBackend:
             if announce is not None:
                 announce(received, handle)
             self._deliver(rows, handle, received, (routing, everyone))
+        self._count("dispatch")
         return received, handle
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
@@ -105,6 +116,7 @@ class ProcessGroupBackend:
         self._agree("cached dispatch", Call.of("cached dispatch", rows, handle))
         with self._taking_part():
             self._deliver(rows, handle, received.rows)
+        self._count("cached dispatch")
         return received.rows
 
     def new_combined(self, rows: Rows, handle: AnyHandle) -> tuple[Tensor, Tensor | None]:
@@ -124,6 +136,7 @@ class ProcessGroupBackend:
         self._agree("combine", Call.of("combine", rows, handle))
         with self._taking_part():
             self._sum(rows, handle, biases, (out, out_weights))
+        self._count("combine")
         return out, out_weights
 
     def fail(self, operation: str, error: str) -> None:
@@ -148,6 +161,14 @@ class ProcessGroupBackend:
         """See `Backend.close`. The connections end with the object."""
         self._broken = self._broken or "it was destroyed"
 
+    def statistics(self) -> BufferStatistics:
+        """See `CountingBackend`."""
+        return BufferStatistics(self.rank, self._counts.operations(OPERATIONS))
+
+    def _count(self, operation: str) -> None:
+        moved = self._num_bytes[operation == "combine"]
+        self._counts.add(operation, self._meeting.posted_at, moved)
+
     @contextmanager
     def _taking_part(self) -> Iterator[None]:
         """End the group where this rank alone fails: the others count on what it would send."""
@@ -169,7 +190,9 @@ class ProcessGroupBackend:
                 f"{operation}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
+        check_process(operation, self._process)
         self._num_calls += 1
+        self._num_bytes = [0] * self.num_ranks, [0] * self.num_ranks
         return self._waiting(lambda: self._meeting.agree(operation, call, error, counts))
 
     def _waiting(self, wait: Callable[[], _Result]) -> _Result:
@@ -249,6 +272,8 @@ class ProcessGroupBackend:
             dense = value.contiguous() if value.numel() else value.new_empty(value.shape)
             # As bytes: no backend of torch.distributed sends every dtype (gloo sends no float8).
             out, sent = (tensor.flatten(1).view(torch.uint8) for tensor in (to, dense))
+            for moved, counts in zip(self._num_bytes, (send_counts, recv_counts), strict=True):
+                moved[:] = [n + out.shape[1] * m for n, m in zip(moved, counts, strict=True)]
             if self._down is not None and value.device.type == "cpu":
                 parts = out.split(recv_counts), sent.split(send_counts)
                 works += self._post(*parts, tag, late)

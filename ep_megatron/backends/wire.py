@@ -21,14 +21,17 @@ from torch import Tensor
 from ep_megatron.backends.base import (
     MAX_EXPERTS,
     NUM_CALL_FIELDS,
+    OPERATIONS,
     Call,
     PeerReport,
     check_agreement,
 )
 from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Gathering, describe_late
 from ep_megatron.backends.waiter import Waiter, cut_off
+from ep_megatron.statistics import BufferStatistics, CallCounts
 
-_HEADER = struct.Struct(f"<3q{NUM_CALL_FIELDS}q")  # kind, bytes that follow, number of the call
+# Kind, bytes that follow, number of the call, nanoseconds of the wall clock; then the call.
+_HEADER = struct.Struct(f"<4q{NUM_CALL_FIELDS}q")
 _STATUS_BYTES = 512
 # Who waits for another host gives that host's ranks time to say which of them is late.
 GRACE_SECONDS = 2.0
@@ -95,6 +98,9 @@ class Wire:
         ]
         self._waiter, self._last_call = Waiter(), "has not joined yet"
         self._in_flight: list[Any] = []
+        self._counts = CallCounts(self.rank, self.num_ranks)
+        self._posted_at: list[float] = []
+        self._num_bytes = [0] * self.num_ranks, [0] * self.num_ranks  # sent, received
         self._num_calls = 0
         self._capacity = _HEADER.size + max(MAX_ERROR_BYTES, 4 * (MAX_EXPERTS + 2 * self.num_ranks))
         # Nobody leaves, and perhaps drops its connections, before all are connected.
@@ -136,7 +142,7 @@ class Wire:
             [Transfer(peer, Message.MEETING, message) for peer in peers],
             self.timeout,
         )
-        reports, bodies = [], []
+        reports, bodies, posted_at = [], [], []
         for rank, answer in enumerate(answers):
             header = _HEADER.unpack(answer[: _HEADER.size].numpy().tobytes())
             body = answer[_HEADER.size : _HEADER.size + header[1]].numpy().tobytes()
@@ -146,9 +152,13 @@ class Wire:
                     f"{operation}: expected all {self.num_ranks} ranks in call {self._num_calls}, "
                     f"got: rank {rank} gave up ({text}); make a new Buffer once all ranks are back"
                 )
-            reports.append(PeerReport(header[3:], text))
+            posted_at.append(1e-9 * header[3])
+            reports.append(PeerReport(header[4:], text))
             bodies.append(body)
         self._last_call = f"last call {self._num_calls}, {operation}"
+        self._posted_at = posted_at
+        for moved in self._num_bytes:
+            moved[:] = [0] * self.num_ranks
         check_agreement(operation, reports)
         if counts is None:
             return None
@@ -185,6 +195,9 @@ class Wire:
                     works.append((transfer, self._post(is_receive, transfer), is_receive))
                 except RuntimeError as error:  # the connection is gone already
                     late[transfer.peer] = str(error)
+                    continue
+                if transfer.kind in (Message.ROWS, Message.BESIDE):
+                    self._num_bytes[is_receive][transfer.peer] += transfer.tensor.nbytes
         meanwhile()
 
         def wait() -> None:
@@ -216,6 +229,14 @@ class Wire:
                 "did it stop, or is it in another call? make a new Buffer once all ranks are back"
             )
         return refusals
+
+    def count(self, operation: str) -> None:
+        """Count the call that was agreed on last, with the rows that have crossed hosts in it."""
+        self._counts.add(operation, self._posted_at, self._num_bytes[operation == "combine"])
+
+    def statistics(self) -> BufferStatistics:
+        """Return the counts so far. Local, from any thread."""
+        return BufferStatistics(self.rank, self._counts.operations(OPERATIONS))
 
     def expected_status(self, peer: int) -> Transfer:
         """Return the receive of what `peer` says before its rows."""
@@ -262,7 +283,7 @@ class Wire:
         self._in_flight.clear()
 
     def _pack(self, kind: _Kind, call: Sequence[int], body: bytes) -> Tensor:
-        header = _HEADER.pack(kind, len(body), self._num_calls, *call)
+        header = _HEADER.pack(kind, len(body), self._num_calls, time.time_ns(), *call)
         return torch.frombuffer(bytearray(header + body), dtype=torch.uint8)
 
     def _post(self, is_receive: bool, transfer: Transfer) -> Any:

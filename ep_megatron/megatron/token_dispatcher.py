@@ -42,6 +42,11 @@ _buffers: weakref.WeakValueDictionary[tuple[ProcessGroup, str], Buffer] = (
 )
 
 
+def shared_buffers() -> list[Buffer]:
+    """Return the Buffers that dispatchers use in this process now, oldest first. Local."""
+    return list(_buffers.values())
+
+
 def shared_buffer(group: ProcessGroup, backend: str) -> Buffer:
     """Return the one buffer of `group` and `backend`, made on first use.
 

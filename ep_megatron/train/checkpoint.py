@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron.train.config import Config
+from ep_megatron.train.orphans import start_checkpoint_process
 from ep_megatron.train.step import Run
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -30,11 +31,21 @@ _LAYOUT = (
 
 
 def latest_iteration(folder: Path) -> int | None:
-    """Return the iteration of the latest whole checkpoint in `folder`, or None."""
+    """Return the iteration of the latest whole checkpoint in `folder`, or None.
+
+    Raises:
+        ValueError: the file that names it holds no number.
+    """
     try:
-        return int((folder / _LATEST).read_text())
+        text = (folder / _LATEST).read_bytes()[:64].decode(errors="replace").strip()
     except FileNotFoundError:
         return None
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(
+            f"checkpoint: expected {folder / _LATEST} to hold a number, got {text!r}; write that "
+            "of the last whole iter_ folder into it"
+        )
+    return int(text)
 
 
 def save_checkpoint(run: Run, folder: Path) -> Path:
@@ -47,6 +58,7 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
+    start_checkpoint_process()
     dist_checkpointing.save(_state(run, is_loading=False), str(writing))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -71,17 +83,35 @@ def load_checkpoint(run: Run, folder: Path) -> Path:
         The folder of the checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or it is not whole, or one of another model.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.utils import unwrap_model
-
     iteration = latest_iteration(folder)
     if iteration is None:
         raise ValueError(
             f"resume: expected a checkpoint in {folder}, got none; start without --resume"
         )
     path = folder / f"iter_{iteration:07d}"
+    if not path.is_dir():
+        raise ValueError(
+            f"resume: expected the folder {path}, which {folder / _LATEST} names, got none; write "
+            "the number of another iter_ folder into that file"
+        )
+    try:
+        _load(run, path)
+    except Exception as error:  # whatever a damaged file makes of its readers
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(
+            f"resume: expected {path} to be a whole checkpoint of this model, got "
+            f"{type(error).__name__}: {reason}; restore it, or write the number of an earlier "
+            f"iter_ folder into {folder / _LATEST}"
+        ) from error
+    return path
+
+
+def _load(run: Run, path: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
     common = dist_checkpointing.load_common_state_dict(str(path))
     same_layout = common["layout"] == _layout(run.config)
     state = dist_checkpointing.load(
@@ -95,7 +125,6 @@ def load_checkpoint(run: Run, folder: Path) -> Path:
     run.iteration = state["iteration"]
     if same_layout:
         _restore_random_states(state["random_states"])
-    return path
 
 
 def _add_missing_steps(optimizer: Any, state: dict[Any, Any], iteration: int) -> None:

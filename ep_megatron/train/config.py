@@ -174,8 +174,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ValueError(f"config: expected {path} to be a YAML file, got no such file")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"config: expected {path} to be YAML, got {error}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"config: expected {path} to map keys to values, got {values!r}")
@@ -228,7 +228,7 @@ def _read(text: str) -> Any:
     """Return a command-line value as YAML reads it; text that is no YAML, as it stands."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError):
         return text
 
 

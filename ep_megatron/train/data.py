@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,10 +95,8 @@ def _check_splits(prefixes: list[str], shares: list[Any], split: str) -> None:
         shares: (begin, end) of the training and validation documents as fractions; None if unread.
         split: the config key, for the message.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     for prefix in prefixes:
-        num_documents = len(IndexedDataset(prefix))
+        num_documents = _num_documents(prefix)
         for name, share in zip(("training", "validation"), shares[:2], strict=True):
             if share is None and name == "validation":
                 continue
@@ -108,6 +107,34 @@ def _check_splits(prefixes: list[str], shares: list[Any], split: str) -> None:
                     f"{num_documents} documents of {prefix}, got none; give more text, another "
                     "split, or eval-iters 0 for no validation"
                 )
+
+
+def _num_documents(prefix: str) -> int:
+    """Return how many documents two files hold; refuse files that cannot be read to their end.
+
+    Raises:
+        ValueError: one is not there, is cut short, or is none of Megatron's.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    try:
+        index = IndexedDataset(prefix).index
+        ends = index.sequence_pointers + index.sequence_lengths.astype("int64") * index.dtype_size
+        expected, least = int(ends.max(initial=0)), int(index.sequence_lengths.min(initial=0))
+        actual = Path(f"{prefix}.bin").stat().st_size
+        least = min(least, int(index.sequence_pointers.min(initial=0)))
+    except Exception as error:  # whatever a damaged file makes of its reader
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(
+            f"data: expected {prefix}.idx and .bin to be Megatron's data files, got "
+            f"{type(error).__name__}: {reason}; make them anew"
+        ) from error
+    if least < 0 or expected > actual:
+        raise ValueError(
+            f"data: expected {prefix}.bin to hold the {expected} bytes that its .idx says, got "
+            f"{actual}; one of the two is cut short or of another text; make them anew"
+        )
+    return len(index.sequence_lengths)
 
 
 def _split_weights(paths: list[str]) -> tuple[list[str], list[float] | None]:

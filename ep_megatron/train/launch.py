@@ -16,14 +16,21 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
+def num_restarts() -> int:
+    """Return how often torchrun has started this process again because one has failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def run_processes(num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
     """Run `python ARGUMENTS` on `num_processes` processes of this host, as torchrun does.
 
-    The first process that fails ends all others. Signals are handed on.
+    The first process that fails ends all others; then all are started again, up to `max_restarts`
+    times. Signals are handed on.
 
     Args:
         num_processes: ranks to start.
         arguments: what follows `python` on each command line.
+        max_restarts: how often all may start again.
 
     Returns:
         0, or 128 plus the number of the signal that ended the run.
@@ -45,7 +52,7 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
         shutdown_timeout=_SECONDS_TO_STOP,
     )

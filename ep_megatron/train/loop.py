@@ -14,6 +14,7 @@ from ep_megatron.train.report import Reporter
 from ep_megatron.train.step import Run, evaluate, train_iterators, train_step
 from ep_megatron.train.stop import StopRequest
 from ep_megatron.train.summary import opening, summary
+from ep_megatron.train.watch import gather_statistics, watch_report, watch_scalars
 
 
 def train(run: Run, data: Data) -> int:
@@ -31,7 +32,10 @@ def train(run: Run, data: Data) -> int:
             stack.callback(reporter.close)
             reporter.say(opening(run, data.unigram_entropy))
         number = _iterate(run, data, reporter, stop)
+        groups = gather_statistics()
     if reporter is not None:
+        if groups:
+            reporter.console.print(watch_report(groups), soft_wrap=True, markup=False)
         reporter.console.print(summary(run, reporter, number), soft_wrap=True, markup=False)
     return number
 
@@ -48,6 +52,9 @@ def _iterate(run: Run, data: Data, reporter: Reporter | None, stop: StopRequest)
             reporter.step(run.iteration, result, time.perf_counter() - start)
         if _due(run, config.log_interval):
             _report_balance(run, reporter)
+            scalars = watch_scalars(gather_statistics())
+            if reporter is not None:
+                reporter.scalars(run.iteration, scalars)
         if _due(run, config.eval_interval):
             validated = _validate(run, data, reporter)
         number = stop.agreed()

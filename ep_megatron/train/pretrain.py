@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from ep_megatron.train.agree import on_rank_zero
 from ep_megatron.train.config import Config
 from ep_megatron.train.folders import prepare_folders
-from ep_megatron.train.launch import is_worker
+from ep_megatron.train.launch import is_worker, num_restarts
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,8 @@ def pretrain(config: Config, resume: bool = False) -> int:
 
     Args:
         config: as `load_config` returns it.
-        resume: go on from the latest checkpoint in `config.save`.
+        resume: go on from the latest checkpoint in `config.save`. Processes that torchrun has
+            started again (`--max-restarts`) do so where there is one.
 
     Returns:
         0, or the number of the signal that ended the run early.
@@ -52,11 +56,11 @@ def _set_up(config: Config) -> None:
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", timeout=timeout)
+        _join("nccl", timeout)
     else:
         # Compiling Megatron's fused functions for a CPU takes longer than they ever save.
         torch.compiler.set_stance("force_eager")
-        dist.init_process_group("gloo", timeout=timeout)
+        _join("gloo", timeout)
 
     from ep_megatron.megatron.host import install as install_host
 
@@ -84,6 +88,16 @@ def _set_up(config: Config) -> None:
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     _seed(config.seed)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the process group; each restart under keys of its own.
+
+    A restarted process may find the store of the processes before it, with their addresses in it.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(f"ep_megatron/restart{num_restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _seed(seed: int) -> None:
@@ -120,15 +134,18 @@ def _build(config: Config, vocab_size: int) -> Any:
 
 
 def _run(config: Config, resume: bool) -> int:
-    from ep_megatron.train.checkpoint import load_checkpoint
+    from ep_megatron.train.checkpoint import latest_iteration, load_checkpoint
     from ep_megatron.train.data import build_data
     from ep_megatron.train.loop import train
 
+    save = config.save
+    assert save is not None
+    if num_restarts() and not resume:
+        resume = on_rank_zero(lambda: latest_iteration(save) is not None)
     prepare_folders(config, resume)
     data = build_data(config)
     run = _build(config, data.vocab_size)
-    assert config.save is not None
     if resume:
-        path = load_checkpoint(run, config.save)
+        path = load_checkpoint(run, save)
         logger.info("resumed from %s", path)
     return train(run, data)

@@ -126,8 +126,15 @@ class Reporter:
 def _records_until(path: Path, iteration: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [record for record in records if record["iteration"] <= iteration]
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the machine died while it was written: nothing that was saved lies behind it
+        if record["iteration"] <= iteration:
+            records.append(record)
+    return records
 
 
 def draw_losses(records: list[dict[str, Any]], entropy: float, path: Path) -> None:

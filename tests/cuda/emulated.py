@@ -6,6 +6,7 @@ waits for a report is a thread of a kernel of its own, so that it knows what its
 and no more.
 """
 
+import os
 import threading
 import time
 import weakref
@@ -226,6 +227,10 @@ class ThreadReference(ProcessGroupBackend):
         self._meeting = ThreadMeeting(rank, table)
         self.rank, self.num_ranks = rank, len(table.messages)
         self._num_calls, self._broken, self._table = 0, "", table
+        self._process = os.getpid()
+
+    def _count(self, operation: str) -> None:
+        """A reference counts nothing."""
 
     def _all_to_all(
         self,

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# sanitize.sh KIND TEST...: build _cpu with -fsanitize=KIND in a copy of the tree, and run tests/TEST.py there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind=$1
+shift
+python=$(command -v "${PYTHON:-.venv/bin/python}")
+copy=build/sanitize-${kind%%,*}
+mkdir -p "$copy"
+rm -rf "$copy/ep_megatron" "$copy/tests" "$copy/csrc"
+cp -rp ep_megatron csrc tests setup.py pyproject.toml README.md LICENSE "$copy/"
+rm -f "$copy"/ep_megatron/*.so
+cd "$copy"
+EP_SANITIZE=$kind "$python" setup.py -q build_ext --inplace
+library=lib${kind%%,*}.so
+case $kind in address*) library=libasan.so ;; thread*) library=libtsan.so ;; esac
+# Python leaks by design, and is not instrumented itself.
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
+export EP_SANITIZED=$kind PYTHONPATH=$PWD
+# Else the sanitizer does not find what C++ throws with.
+LD_PRELOAD="$(gcc -print-file-name=$library) $(gcc -print-file-name=libstdc++.so)" "$python" -m pytest -q -p no:cacheprovider $(printf "tests/%s.py " "$@")
