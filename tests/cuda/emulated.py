@@ -115,7 +115,7 @@ class EmulatedDevice:
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         assert isinstance(memory, EmulatedHostMemory)
         params = self._machine.pack("host_waits", memory.device_address, epoch)
-        self._machine.launch(self._rank, "host_waits", 1, 1, 0, params, _HOST_STREAM)
+        self._machine.launch(self._rank, "host_waits", 1, 1, 0, params, _HOST_STREAM, on_host=True)
         self._synchronize(_HOST_STREAM)
         return memory.word() == epoch
 
