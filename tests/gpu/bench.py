@@ -7,6 +7,7 @@ over rounds of the slowest rank's time, by CUDA events. This file has not run on
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import sys
@@ -57,7 +58,7 @@ def ours(x: Tensor, topk_idx: Tensor, weights: Tensor, num_experts: int) -> dict
 def theirs(x: Tensor, topk_idx: Tensor, weights: Tensor, num_experts: int) -> dict[str, Call]:
     """Return the same calls of DeepEP's `Buffer`, rows by rank; none where it is not installed."""
     try:
-        import deep_ep
+        deep_ep: Any = importlib.import_module("deep_ep")
     except ImportError:
         return {}
     num_ranks, hidden_bytes = dist.get_world_size(), x.shape[1] * x.element_size()
