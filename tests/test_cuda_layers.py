@@ -16,7 +16,7 @@ from tests.test_programs import Run
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
 from tests.cuda.emulated import Ranks
-from tests.cuda.layers import FORMS, SMALL, new_buffer, run
+from tests.cuda.layers import FORMS, SMALL, new_buffer, run, run_with_buffers
 
 WEAK = [case for case in SMALL if case.name in ("two ranks", "three ranks", "unused slots")]
 
@@ -39,7 +39,7 @@ def check_dense(backend: Backend, _reference: Backend, case: Case) -> None:
 @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)
 def test_gradients_equal_those_of_a_dense_layer(case: Case) -> None:
     ranks = Ranks(case.num_ranks)
-    ranks.run(check_dense, case)
+    run_with_buffers(ranks, check_dense, case)
     assert ranks.machine.report() == []
 
 
@@ -57,5 +57,6 @@ def differences(backend: Backend, _reference: Backend, program: Program) -> list
 @given(program=programs())
 def test_random_programs_give_the_bits_of_the_definition(program: Program) -> None:
     ranks = Ranks(program.num_ranks, mode="race")
-    assert not [line for lines in ranks.run(differences, program) for line in lines]
+    found = run_with_buffers(ranks, differences, program)
+    assert not [line for lines in found for line in lines]
     assert ranks.machine.report() == []

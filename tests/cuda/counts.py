@@ -147,7 +147,7 @@ class Line:
     def text(self) -> str:
         """Return it as a row of Markdown."""
         parts = (f"{self.nvlink:.2f}", f"{self.memory:.2f}", self.launches, self.waits)
-        return " | ".join(("|", self.name, *parts, self.instructions or "not counted", "|")).strip()
+        return f"| {' | '.join((self.name, *parts, self.instructions or 'not counted'))} |"
 
 
 def deepep_dispatch(shape: Shape, row: float, expand: bool) -> list[Line]:

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from unittest.mock import patch
@@ -68,10 +68,15 @@ def strided(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
-def new_buffer(backend: Backend) -> Buffer:
-    """Return a Buffer over a backend that is there already."""
+def run_with_buffers(ranks: Ranks, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run as `Ranks.run`; meanwhile, in all threads, a Buffer takes the backend it is given."""
     with patch.object(backends, "choose", lambda group, _config: group):
-        return Buffer(cast(Any, backend))
+        return ranks.run(function, *args)
+
+
+def new_buffer(backend: Backend) -> Buffer:
+    """Return a Buffer over a backend that is there already, inside `run_with_buffers`."""
+    return Buffer(cast(Any, backend))
 
 
 def layer(buffer: Buffer, case: Case, form: Form) -> list[Tensor]:
@@ -141,14 +146,14 @@ def within_capacity(buffer: Buffer, case: Case, form: Form) -> list[Tensor]:
     assert idx is not None
     assert row_weights is not None
     num_rows = int(handle.num_recv_rows_tensor)
-    parts = received if isinstance(received, tuple) else (received,)
+    parts: list[Tensor] = [*received] if isinstance(received, tuple) else [received]
     y = case.x(rank, torch.float64).sum() + torch.arange(
         capacity * case.hidden, dtype=torch.float64
     ).view(capacity, -1)
     summed, summed_weights, _ = buffer.combine(y.to(form.dtype), handle, topk_weights=row_weights)
     assert summed_weights is not None
     again = buffer.dispatch(x.flip(0), handle, topk_weights=weights, **cast_as)[0]
-    parts += again if isinstance(again, tuple) else (again,)
+    parts += again if isinstance(again, tuple) else [again]
     counts = torch.tensor([num_rows, *handle.num_recv_tokens_per_expert.tolist()])
     return [idx, row_weights, summed, summed_weights, counts, *(part[:num_rows] for part in parts)]
 
@@ -181,7 +186,7 @@ def check(backend: Backend, reference: Backend, case: Case, forms: Sequence[Form
 def run(case: Case, seed: int, mode: str, forms: Sequence[Form] = FORMS) -> int:
     """Compute on all ranks; raise at a difference or a report. Returns the tensors compared."""
     ranks = Ranks(case.num_ranks, seed, mode)
-    num_same: int = sum(ranks.run(check, case, forms))
+    num_same: int = sum(run_with_buffers(ranks, check, case, forms))
     assert ranks.machine.report() == [], f"{case.name}, {mode}, seed {seed}"
     return num_same
 

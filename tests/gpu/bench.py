@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def ours(x: Tensor, topk_idx: Tensor, weights: Tensor, num_experts: int) -> dict
         assert isinstance(rows, Tensor)
         assert handle is not None
         y = rows.clone()
-        calls[f"ep_megatron dispatch {order}"] = lambda o=options: buffer.dispatch(x, **o)
-        calls[f"ep_megatron combine {order}"] = lambda y=y, h=handle: buffer.combine(y, h)
+        calls[f"ep_megatron dispatch {order}"] = partial(buffer.dispatch, x, **options)
+        calls[f"ep_megatron combine {order}"] = partial(buffer.combine, y, handle)
     return calls
 
 
@@ -86,7 +87,7 @@ def theirs(x: Tensor, topk_idx: Tensor, weights: Tensor, num_experts: int) -> di
     y = rows.clone()
     return {
         "DeepEP layout + dispatch by rank": dispatch,
-        "DeepEP combine by rank": lambda: buffer.combine(y, handle),
+        "DeepEP combine by rank": partial(buffer.combine, y, handle),
     }
 
 
