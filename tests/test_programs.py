@@ -55,9 +55,8 @@ class Result:
 class Run:
     """One rank's run of a program on one backend."""
 
-    def __init__(self, program: Program, rank: int, backend: str) -> None:
-        self.program, self.rank, self.backend = program, rank, backend
-        self.buffer: Buffer = buffer_of(backend)
+    def __init__(self, program: Program, rank: int, backend: str, buffer: Buffer) -> None:
+        self.program, self.rank, self.backend, self.buffer = program, rank, backend, buffer
         ranks = range(program.num_ranks)
         self.hosts = [[rank] for rank in ranks]
         if backend == "hierarchical":  # as `buffer_of` names them
@@ -211,7 +210,7 @@ def check(rank: int, program: Program, spoil: bool = False) -> list[str]:
     """Return differences, rather than raise, so that the ranks stay together."""
     found = []
     for backend in BACKENDS:
-        found += Run(program, rank, backend).differences(spoil)
+        found += Run(program, rank, backend, buffer_of(backend)).differences(spoil)
     return found
 
 

@@ -84,6 +84,7 @@ class EmulatedDevice:
 
     def __init__(self, machine: Machine, rank: int) -> None:
         self._machine, self._rank = machine, rank
+        self.has_failed = threading.Event()  # whether another rank has: it does not come any more
         self.launches: list[Launch] = []
         self._views: dict[int, tuple[int, int]] = {}  # memory here: bytes, where they came from
 
@@ -117,7 +118,7 @@ class EmulatedDevice:
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         assert isinstance(memory, EmulatedHostMemory)
         params = self._machine.pack("host_waits", memory.device_address, epoch)
-        self._machine.launch(self._rank, "host_waits", 1, 1, 0, params, _HOST_STREAM)
+        self._machine.launch(self._rank, "host_waits", 1, 1, 0, params, _HOST_STREAM, on_host=True)
         self._synchronize(_HOST_STREAM)
         return memory.word() == epoch
 
@@ -179,6 +180,8 @@ class EmulatedDevice:
         """
         deadline = time.monotonic() + _HANG_SECONDS
         while self._machine.advance(self._rank) and time.monotonic() < deadline:
+            if self.has_failed.is_set():
+                raise threading.BrokenBarrierError
             time.sleep(0)
         self._machine.synchronize(self._rank, stream)
 
@@ -272,6 +275,9 @@ class Ranks:
         self.num_ranks = num_ranks
         self._tables = [_Table(num_ranks, self.machine.meet), _Table(num_ranks)]
         self.devices = [EmulatedDevice(self.machine, rank) for rank in range(num_ranks)]
+        self._has_failed = threading.Event()
+        for device in self.devices:
+            device.has_failed = self._has_failed
         config = config or BufferConfig(timeout=1e9, num_sms=NUM_SMS)
         self.backends: list[CudaBackend] = self._on_threads(
             lambda rank: CudaBackend(
@@ -296,6 +302,7 @@ class Ranks:
                 results[rank] = action(rank)
             except BaseException as error:
                 errors[rank] = error
+                self._has_failed.set()
                 for table in self._tables:
                     table.barrier.abort()
 
@@ -309,6 +316,7 @@ class Ranks:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             assert not thread.is_alive(), "a rank did not come to an end"
+        self._has_failed.clear()
         for table in self._tables:
             table.barrier.reset()
         # A broken barrier is what the others see of a rank's error.

@@ -3,6 +3,7 @@
 `python -m tests.cuda.mutants` judges every one and prints the score.
 """
 
+import argparse
 import functools
 from collections.abc import Collection
 
@@ -25,6 +26,23 @@ CASE = Case("mutants", (70, 20, 3), num_topk=4, experts_per_rank=6, hidden=8, al
 _SLOTS = 2  # of a post, which must be written again
 
 
+def failing_calls(backend: Backend) -> list[Tensor]:
+    """Return what a rank hears of calls that all must refuse: a bad index, and two dtypes."""
+    rank = backend.rank
+    x, topk_idx = CASE.x(rank, torch.float32), CASE.topk_idx(rank)
+    bad = topk_idx.clone()
+    if rank == 1:
+        bad[2, 1] = CASE.num_experts
+    heard = []
+    for idx, rows in ((bad, x), (topk_idx, x.double() if rank == 2 else x)):
+        try:
+            backend.dispatch(Rows(rows), Routing(idx, CASE.num_experts))
+            heard.append("nothing")
+        except ValueError as error:
+            heard.append(str(error))
+    return [torch.tensor(list(text.encode())) for text in heard]
+
+
 def calls(backend: Backend, _reference: Backend) -> list[Tensor]:
     """Return what some calls give on one rank, memory having been written again in between."""
     results: list[Tensor] = []
@@ -34,7 +52,7 @@ def calls(backend: Backend, _reference: Backend) -> list[Tensor]:
         rows, handle = backend.dispatch(Rows(x), routing)
         summed, _ = backend.combine(rows, handle)
         results += [rows.x.clone(), handle.routes, summed]
-    return results
+    return results + failing_calls(backend)
 
 
 def calls_without_arrival(backend: Backend, _reference: Backend) -> list[Tensor]:
@@ -98,7 +116,9 @@ def _expected(arrives: bool) -> list[list[Tensor]]:
 
 def main() -> None:
     """Print a line per mutant and the score."""
-    judged = [verdict for kernel in KERNELS for verdict in verdicts(kernel)]
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("kernels", nargs="*", default=KERNELS, help="whose mutants; all of them")
+    judged = [verdict for kernel in parser.parse_args().kernels for verdict in verdicts(kernel)]
     print(table(judged))
 
 

@@ -70,7 +70,7 @@ py::list blocks_of(const Module& module, const Kernel& kernel) {
         py::dict block;
         block["ptx_line"] = first.line;
         block["source"] = module.describe(first);
-        block["executed"] = kernel.executed[start];
+        block["executed"] = kernel.reached[start];
         blocks.append(block);
     }
     return blocks;
@@ -173,15 +173,17 @@ PYBIND11_MODULE(_emulator, m) {
         .def(
             "launch",
             [](Machine& machine, int rank, const std::string& kernel, const Dimensions& grid,
-               const Dimensions& block, u32 shared_bytes, const py::bytes& parameters, int stream) {
+               const Dimensions& block, u32 shared_bytes, const py::bytes& parameters, int stream,
+               bool on_host) {
                 const std::string_view view(parameters);
                 std::vector<u8> bytes(view.begin(), view.end());
                 const py::gil_scoped_release no_gil;
                 machine.launch(rank, kernel, to_dimensions(grid), to_dimensions(block),
-                               shared_bytes, std::move(bytes), stream);
+                               shared_bytes, std::move(bytes), stream, on_host);
             },
             py::arg("rank"), py::arg("kernel"), py::arg("grid"), py::arg("block"),
-            py::arg("shared_bytes"), py::arg("params"), py::arg("stream") = 0)
+            py::arg("shared_bytes"), py::arg("params"), py::arg("stream") = 0,
+            py::arg("on_host") = false)
         .def("run", &Machine::run, free_gil)
         .def("synchronize", &Machine::synchronize, py::arg("rank"), py::arg("stream") = -1,
              free_gil)

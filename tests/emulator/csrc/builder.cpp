@@ -230,6 +230,7 @@ void KernelBuilder::finish(int line) {
     kernel_->num_rows = kernel_->num_virtual_registers;
     analyse(*kernel_);
     kernel_->executed.assign(kernel_->code.size(), 0);
+    kernel_->reached.assign(kernel_->code.size(), 0);
 }
 
 }  // namespace ptx

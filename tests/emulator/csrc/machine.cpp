@@ -37,7 +37,7 @@ Machine::Machine(int num_ranks, Options options)
 Machine::~Machine() = default;
 
 u64 Machine::allocate(int rank, u64 num_bytes, bool symmetric, const std::string& name) {
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     expect(rank >= 0 && rank < num_ranks_, "allocate: expected rank to be in [0, " +
                                                std::to_string(num_ranks_) + "), got " +
                                                std::to_string(rank));
@@ -45,7 +45,7 @@ u64 Machine::allocate(int rank, u64 num_bytes, bool symmetric, const std::string
 }
 
 void Machine::free(u64 address) {
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     if (store_buffers_)
         if (const Region* region = memory_.find(address))
             store_buffers_->flush(*region, 0, region->num_bytes);
@@ -53,7 +53,7 @@ void Machine::free(u64 address) {
 }
 
 void Machine::write(int rank, u64 address, const u8* bytes, u64 count) {
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     if (count == 0) return;
     Region* region = memory_.find(address);
     expect(region && region->contains(address, count),
@@ -67,7 +67,7 @@ void Machine::write(int rank, u64 address, const u8* bytes, u64 count) {
 }
 
 void Machine::read(int rank, u64 address, u8* bytes, u64 count) {
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     if (count == 0) return;
     Region* region = memory_.find(address);
     expect(region && region->contains(address, count),
@@ -79,7 +79,7 @@ void Machine::read(int rank, u64 address, u8* bytes, u64 count) {
 
 void Machine::load(const std::string& text) {
     const std::shared_ptr<Module> module = parse(text);
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     for (const auto& [name, kernel] : module->kernels) {
         expect(!kernels_.contains(name),
                "load: expected kernel '" + name + "' to be new, it has been loaded already");
@@ -108,8 +108,9 @@ void Machine::launch(int rank,
                      std::array<u32, 3> block,
                      u32 shared_bytes,
                      std::vector<u8> parameters,
-                     int stream) {
-    const std::lock_guard lock(mutex_);
+                     int stream,
+                     bool on_host) {
+    const HostLock lock(*this);
     throw_if_broken();
     const auto found = kernels_.find(kernel);
     expect(rank >= 0 && rank < num_ranks_, "launch: expected rank to be in [0, " +
@@ -133,6 +134,7 @@ void Machine::launch(int rank,
     expect(shared <= 232448,
            "launch: expected at most 232448 bytes of shared memory, got " + std::to_string(shared));
     launch->rank = rank;
+    launch->device = on_host ? host_of(rank) : rank;
     launch->stream = stream;
     launch->number = num_launches_++;
     launch->grid = grid;
@@ -148,12 +150,12 @@ void Machine::launch(int rank,
 }
 
 void Machine::meet() {
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     if (races_) races_->meet();
 }
 
 void Machine::set_intrinsic(const std::string& name, Intrinsic intrinsic) {
-    const std::lock_guard lock(mutex_);
+    const HostLock lock(*this);
     intrinsics_[name] = std::move(intrinsic);
 }
 
@@ -216,7 +218,8 @@ void Machine::drive(int rank, Predicate done) {
         else
             last_moved = clock::now();
         changed_.notify_all();
-        lock.unlock();  // let hosts in that want to launch or read
+        lock.unlock();
+        let_hosts_in();
         lock.lock();
     }
     throw_if_broken();
@@ -242,7 +245,8 @@ void Machine::synchronize(int rank, int stream) {
 }
 
 bool Machine::advance(int rank, u64 max_instructions) {
-    const std::unique_lock lock(mutex_);
+    let_hosts_in();
+    std::unique_lock lock(mutex_);
     throw_if_broken();
     if (is_driven_) return true;
     try {
@@ -253,6 +257,9 @@ bool Machine::advance(int rank, u64 max_instructions) {
         throw;
     }
     changed_.notify_all();
+    // Whoever waits now waits for a launch: leave the processor to who is to make it.
+    if (steps_ - last_progress_ > kSliceInstructions)
+        changed_.wait_for(lock, std::chrono::milliseconds(2));
     return !is_idle(rank, -1);
 }
 

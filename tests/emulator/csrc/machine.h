@@ -1,10 +1,12 @@
 #pragma once
 // The machine: ranks, their memory, streams, and the kernels that run.
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <mutex>
 #include <set>
+#include <thread>
 
 #include "memory.h"
 #include "random.h"
@@ -93,8 +95,13 @@ struct Counts {
     u64 atomics = 0, bulk_read = 0, bulk_written = 0;
 };
 
+/// Scopes below .sys end at a device. A rank's host counts as a device of its own; twice is the
+/// rank.
+inline int host_of(int rank) { return -1 - rank; }
+
 struct Launch {
     int rank = 0;
+    int device = 0;  // the rank's GPU, or host_of(rank)
     int stream = 0;
     u64 number = 0;
     std::shared_ptr<Module> module;
@@ -168,7 +175,8 @@ class Machine {
                 std::array<u32, 3> block,
                 u32 shared_bytes,
                 std::vector<u8> parameters,
-                int stream);
+                int stream,
+                bool on_host);
     void run();
     /// Return when the rank's launches (of one stream, unless negative) have ended.
     void synchronize(int rank, int stream);
@@ -251,6 +259,21 @@ class Machine {
         Machine& machine;
     };
     void throw_if_broken() const;
+    /// The mutex, for a host that launches or moves data: whoever executes stops for it.
+    class HostLock {
+     public:
+        explicit HostLock(const Machine& machine) : lock_(machine.mutex_, std::defer_lock) {
+            ++machine.num_hosts_calling_;
+            lock_.lock();
+            --machine.num_hosts_calling_;
+        }
+
+     private:
+        std::unique_lock<std::mutex> lock_;
+    };
+    void let_hosts_in() const {
+        while (num_hosts_calling_ > 0) std::this_thread::yield();
+    }
     template <class Predicate>
     void drive(int rank, Predicate done);
 
@@ -286,6 +309,7 @@ class Machine {
 
     mutable std::mutex mutex_;
     std::condition_variable changed_;
+    mutable std::atomic<int> num_hosts_calling_ = 0;
     bool is_driven_ = false;  // some thread executes right now
     int num_waiting_ = 0;     // ranks inside synchronize
     std::string broken_;      // why the machine stopped

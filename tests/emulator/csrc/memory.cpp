@@ -5,13 +5,27 @@
 
 namespace ptx {
 
+namespace {
+
+constexpr u64 kHuge = u64{1} << 30;
+
+/// Zeros, for which the system finds memory when they are first written.
+Bytes zeros(u64 count) {
+    Bytes bytes(static_cast<u8*>(std::calloc(std::max<u64>(count, 1), 1)));
+    if (!bytes) throw std::bad_alloc();
+    return bytes;
+}
+
+}  // namespace
+
 Region::Region(u64 address_, u64 num_bytes_, int rank_)
     : address(address_),
       num_bytes(num_bytes_),
       rank(rank_),
-      data(new u8[num_bytes_]),
-      written(new u8[num_bytes_]()) {
-    std::memset(data.get(), 0xcd, num_bytes_);  // so that unwritten memory is no plausible number
+      data(zeros(num_bytes_)),
+      written(zeros(num_bytes_)) {
+    // So that unwritten memory is no plausible number; where it is huge, it stays sparse.
+    if (num_bytes_ < kHuge) std::memset(data.get(), 0xcd, num_bytes_);
 }
 
 Region& Memory::allocate(int rank, u64 num_bytes, bool symmetric, std::string name) {

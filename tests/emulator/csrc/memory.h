@@ -1,5 +1,6 @@
 #pragma once
 // Memory as regions: allocations of a rank, shared memory of a CTA.
+#include <cstdlib>
 #include <unordered_map>
 
 #include "clocks.h"
@@ -29,8 +30,13 @@ struct Message {
     Knowledge knowledge;
     Scope scope;
     u32 cta;
-    int rank;
+    int device;
 };
+
+struct Free {
+    void operator()(u8* bytes) const { std::free(bytes); }
+};
+using Bytes = std::unique_ptr<u8[], Free>;
 
 struct Region {
     static constexpr u64 kCellsPerPage = 1024;
@@ -42,8 +48,8 @@ struct Region {
     bool symmetric = false;  // peers may access it
     bool freed = false;
     std::string name;
-    std::unique_ptr<u8[]> data;
-    std::unique_ptr<u8[]> written;  // 1 where something has been written
+    Bytes data;
+    Bytes written;  // 1 where something has been written
     std::vector<std::unique_ptr<Cell[]>> shadow;
     std::unordered_map<u64, std::vector<Message>> messages;  // by offset
 

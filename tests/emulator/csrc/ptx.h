@@ -107,7 +107,8 @@ struct Kernel {
     u32 local_bytes = 0;   // per thread
     bool uses_async_proxy = false;
     std::vector<bool> tracked;  // rows whose definedness is followed at run time
-    std::vector<u64> executed;  // per instruction: how often a group of lanes ran it
+    std::vector<u64> reached;   // per instruction: how often a group of lanes came to it
+    std::vector<u64> executed;  // how often at least one lane's predicate let it run
 };
 
 struct GlobalVariable {

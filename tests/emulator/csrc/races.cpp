@@ -1,11 +1,22 @@
 #include "races.h"
 
+#include <cstring>
 #include <sstream>
 
 namespace ptx {
 namespace {
 
 constexpr size_t kMostRemembered = 128;  // accesses per cell beyond the last read and write
+
+bool is_equal(const Access& a, const Access& b) {
+    static_assert(std::has_unique_object_representations_v<Access>);
+    return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+std::string name_of(int device) {
+    return device < 0 ? "the host of rank " + std::to_string(host_of(device))
+                      : "rank " + std::to_string(device);
+}
 
 bool is_same_step(const Access& a, const Access& b) {
     return a.lanes && a.slot == b.slot && a.time == b.time && a.site == b.site &&
@@ -16,16 +27,17 @@ bool is_same_step(const Access& a, const Access& b) {
 
 Races::Races(Machine& machine, int num_ranks) : machine_(machine), hosts_(size_t(num_ranks)) {
     for (int rank = 0; rank < num_ranks; ++rank) {
-        slots_.push_back({1, ~0u, rank});
+        slots_.push_back({1, ~0u, host_of(rank)});
         hosts_[size_t(rank)].seen = std::make_shared<Clock>();
     }
 }
 
-u32 Races::slot_of(int rank, int stream, u64 number) {
+u32 Races::slot_of(const Launch& launch, u64 number) {
     // A stream's next kernel begins after the last one, so its warps may continue the same slots.
     const auto [place, is_new] =
-        slot_numbers_.try_emplace({rank, stream, number}, u32(slots_.size()));
-    if (is_new) slots_.push_back({1, 0, rank});
+        slot_numbers_.try_emplace({launch.rank, launch.stream, number}, u32(slots_.size()));
+    if (is_new) slots_.push_back({1, 0, launch.device});
+    slots_[place->second].device = launch.device;
     return place->second;
 }
 
@@ -37,7 +49,7 @@ void Races::start_launch(Launch& launch, const Knowledge& stream) {
 
 void Races::start_warp(Warp& warp, u64 number_in_launch) {
     const Launch& launch = *warp.cta->launch;
-    warp.slot = slot_of(launch.rank, launch.stream, number_in_launch * 3);
+    warp.slot = slot_of(launch, number_in_launch * 3);
     slots_[warp.slot].cta = warp.cta->id;
     warp.knowledge = std::make_unique<WarpKnowledge>();
     warp.knowledge->known.fill(launch.knowledge);
@@ -61,7 +73,7 @@ Agent Races::agent_of(const Warp& warp, int lane) const {
             slots_[warp.slot].time,
             &warp.knowledge->known[size_t(lane)],
             warp.cta->id,
-            warp.cta->launch->rank,
+            warp.cta->launch->device,
             false};
 }
 
@@ -76,9 +88,9 @@ void Races::complain(const char* kind,
                              std::to_string(std::max(old.site, now.site));
     std::ostringstream text;
     text << (now.is_write ? "write" : "read") << (now.is_async ? " of the async proxy" : "")
-         << " by rank " << agent.rank << " (" << machine_.describe(now.site) << ") and "
+         << " by " << name_of(agent.device) << " (" << machine_.describe(now.site) << ") and "
          << (old.is_write ? "write" : "read") << (old.is_async ? " of the async proxy" : "")
-         << " by rank " << other.rank << " (" << machine_.describe(old.site) << ") at byte "
+         << " by " << name_of(other.device) << " (" << machine_.describe(old.site) << ") at byte "
          << cell * 4 << " of '" << region.name << "' ";
     if (std::string(kind) == "proxy")
         text << "have no fence.proxy.async between them";
@@ -106,8 +118,8 @@ bool Races::conflicts(
     }
     if (old.strength && now.strength) {
         const Slot& other = slots_[old.slot];
-        if (includes(Scope(old.strength - 1), other.cta, other.rank, agent.cta, agent.rank) &&
-            includes(Scope(now.strength - 1), agent.cta, agent.rank, other.cta, other.rank))
+        if (includes(Scope(old.strength - 1), other.cta, other.device, agent.cta, agent.device) &&
+            includes(Scope(now.strength - 1), agent.cta, agent.device, other.cta, other.device))
             return false;
     }
     complain("race", old, now, agent, region, cell);
@@ -175,13 +187,23 @@ void Races::access(const Agent& agent,
                0,
                is_write,
                agent.is_async};
+    Cell checked;  // a cell's past that has been compared with this access; empty ones need not be
     for (u64 index = offset / 4; index * 4 < offset + count; ++index) {
         const u64 begin = std::max(offset, index * 4),
                   end = std::min(offset + count, index * 4 + 4);
-        now.bytes = u8(((1u << (end - begin)) - 1) << (begin - index * 4));
+        const u8 bytes = u8(((1u << (end - begin)) - 1) << (begin - index * 4));
+        if (bytes != now.bytes) checked = {};
+        now.bytes = bytes;
         Cell& cell = region.cell(index);
-        conflicts(cell.write, now, agent, region, index);
-        if (is_write) conflicts(cell.read, now, agent, region, index);
+        // Neighbouring cells mostly have the same past, which need be looked at once.
+        if (!is_equal(cell.write, checked.write)) {
+            conflicts(cell.write, now, agent, region, index);
+            checked.write = cell.write;
+        }
+        if (is_write && !is_equal(cell.read, checked.read)) {
+            conflicts(cell.read, now, agent, region, index);
+            checked.read = cell.read;
+        }
         if (cell.more >= 0)
             for (const Access& old : more_[size_t(cell.more)])
                 conflicts(old, now, agent, region, index);
@@ -232,16 +254,16 @@ void Races::read_from(Warp& warp, int lane, Region& region, u64 offset, Order or
     const auto found = region.messages.find(offset);
     if (found == region.messages.end()) return;
     const u32 cta = warp.cta->id;
-    const int rank = warp.cta->launch->rank;
+    const int device = warp.cta->launch->device;
     for (const Message& message : found->second) {
-        if (!includes(message.scope, message.cta, message.rank, cta, rank)) continue;
-        if (!includes(scope, cta, rank, message.cta, message.rank)) continue;
+        if (!includes(message.scope, message.cta, message.device, cta, device)) continue;
+        if (!includes(scope, cta, device, message.cta, message.device)) continue;
         if (order == Order::kAcquire || order == Order::kAcquireRelease) {
             acquire(warp, lane, message.knowledge);
         } else {
-            const Scope needed = message.rank != rank ? Scope::kSys
-                                 : message.cta != cta ? Scope::kGpu
-                                                      : Scope::kCta;
+            const Scope needed = message.device != device ? Scope::kSys
+                                 : message.cta != cta     ? Scope::kGpu
+                                                          : Scope::kCta;
             warp.knowledge->pending[size_t(lane)][size_t(needed)].join(message.knowledge);
         }
     }
@@ -262,7 +284,7 @@ void Races::written_to(
                 message.knowledge.join(knowledge);
                 return;
             }
-        messages.push_back({knowledge, reach, warp.cta->id, warp.cta->launch->rank});
+        messages.push_back({knowledge, reach, warp.cta->id, warp.cta->launch->device});
     };
     if (order == Order::kRelease || order == Order::kAcquireRelease)
         add(publish(warp, lane), scope);
@@ -299,8 +321,8 @@ void Races::issue(Warp& warp, int lane, AsyncAgents& agents) {
         // Next to the warp's own slot in the numbering of start_warp.
         for (const auto& [key, slot] : std::map(slot_numbers_)) {
             if (slot != warp.slot) continue;
-            warp.bulk_read_slot = i32(slot_of(launch.rank, launch.stream, std::get<2>(key) + 1));
-            warp.bulk_write_slot = i32(slot_of(launch.rank, launch.stream, std::get<2>(key) + 2));
+            warp.bulk_read_slot = i32(slot_of(launch, std::get<2>(key) + 1));
+            warp.bulk_write_slot = i32(slot_of(launch, std::get<2>(key) + 2));
         }
         slots_[size_t(warp.bulk_read_slot)].cta = slots_[size_t(warp.bulk_write_slot)].cta =
             warp.cta->id;
@@ -309,8 +331,8 @@ void Races::issue(Warp& warp, int lane, AsyncAgents& agents) {
     const u32 name = warp.bulk_issued++ % kLanes;
     agents.issued = publish(warp, lane);
     const auto make = [&](i32 slot) {
-        return Agent{u32(slot),   name, ++slots_[size_t(slot)].time, nullptr, warp.cta->id,
-                     launch.rank, true};
+        return Agent{u32(slot),     name, ++slots_[size_t(slot)].time, nullptr, warp.cta->id,
+                     launch.device, true};
     };
     agents.reader = make(warp.bulk_read_slot);
     agents.writer = make(warp.bulk_write_slot);
@@ -335,11 +357,11 @@ void Races::host_access(int rank, Region& region, u64 offset, u32 count, bool is
                 if (message.scope == Scope::kSys) known.join(message.knowledge);
     auto clock = std::make_shared<Clock>(*known.seen);
     clock->raise_warp(u32(rank), slots_[size_t(rank)].time);
-    const Agent agent{u32(rank), 0, slots_[size_t(rank)].time, &known, ~0u, rank, false};
+    const Agent agent{u32(rank), 0, slots_[size_t(rank)].time, &known, ~0u, host_of(rank), false};
     access(agent, region, offset, count, is_write, is_word ? Order::kRelaxed : Order::kWeak,
            Scope::kSys, -1);
     known.seen = clock;
-    if (is_word && is_write) region.messages[offset] = {{known, Scope::kSys, ~0u, rank}};
+    if (is_word && is_write) region.messages[offset] = {{known, Scope::kSys, ~0u, host_of(rank)}};
     ++slots_[size_t(rank)].time;
 }
 

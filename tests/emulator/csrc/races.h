@@ -12,7 +12,7 @@ struct Agent {
     u32 time = 0;
     const Knowledge* knowledge = nullptr;
     u32 cta = 0;
-    int rank = 0;
+    int device = 0;
     bool is_async = false;
 };
 
@@ -71,13 +71,13 @@ class Races {
     struct Slot {
         u32 time = 1;
         u32 cta = 0;
-        int rank = 0;
+        int device = 0;
     };
-    static bool includes(Scope scope, u32 cta, int rank, u32 other_cta, int other_rank) {
+    static bool includes(Scope scope, u32 cta, int device, u32 other_cta, int other_device) {
         if (scope == Scope::kSys) return true;
-        return rank == other_rank && (scope == Scope::kGpu || cta == other_cta);
+        return device == other_device && (scope == Scope::kGpu || cta == other_cta);
     }
-    u32 slot_of(int rank, int stream, u64 number);
+    u32 slot_of(const Launch& launch, u64 number);
     bool conflicts(
         const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell);
     void record_read(Cell& cell, const Access& now, const Agent& agent);

@@ -120,7 +120,7 @@ void Machine::wake(Warp& warp) {
 Machine::Progress Machine::run_slice(u64 max_instructions) {
     const u64 limit = steps_ + max_instructions;
     start_ready_launches();
-    while (steps_ < limit) {
+    while (steps_ < limit && num_hosts_calling_ == 0) {
         if (!bulk_copies_->empty() && (runnable_.empty() || random_.one_in(6)))
             bulk_copies_->step();
         if (store_buffers_ && !store_buffers_->empty() && random_.one_in(drain_interval_)) {
@@ -194,6 +194,7 @@ void Machine::run_burst(Warp& warp, u64 budget) {
             }
         }
         ++steps_;
+        if (outcome != Outcome::kBlocked) ++launch.kernel->reached[pc];
         if (outcome == Outcome::kAdvance) warp.groups[step.group].pc = pc + 1;
         if (warp.groups.size() > 1) merge_groups(warp);
         if (warp.live == 0) {
@@ -330,7 +331,7 @@ void Machine::copy_ended(Launch& launch) {
 }
 
 void Machine::finish_launch(Launch& launch) {
-    if (store_buffers_) store_buffers_->flush_rank(launch.rank);
+    if (store_buffers_ && launch.device >= 0) store_buffers_->flush_rank(launch.rank);
     if (races_) stream_knowledge_[{launch.rank, launch.stream}] = launch.knowledge;
     if (launch.kernel->local_bytes > 0 && launch.counts->local_written > 0)
         report("local", launch.kernel->name,

@@ -45,8 +45,9 @@ void StoreBuffers::lay(const Pending& pending, u64 offset, u8* bytes, u32 count)
 void StoreBuffers::overlay(
     const Warp& warp, int lane, const Region& region, u64 offset, u8* bytes, u32 count) const {
     if (!may_hold(region, offset)) return;
-    for (const Pending& pending : by_rank_[size_t(warp.cta->launch->rank)])
-        if (pending.overlaps(region, offset, count)) lay(pending, offset, bytes, count);
+    if (const int device = warp.cta->launch->device; device >= 0)
+        for (const Pending& pending : by_rank_[size_t(device)])
+            if (pending.overlaps(region, offset, count)) lay(pending, offset, bytes, count);
     const auto found = by_cta_.find(warp.cta);
     if (found == by_cta_.end()) return;
     for (const Pending& pending : found->second) {
@@ -103,7 +104,8 @@ void StoreBuffers::commit_where(List& list, Choose choose) {
 
 void StoreBuffers::release(const Warp& warp, u32 lanes, Scope scope) {
     const auto found = by_cta_.find(warp.cta);
-    const int rank = warp.cta->launch->rank;
+    const int device = warp.cta->launch->device;
+    if (device < 0 && scope == Scope::kGpu) scope = Scope::kSys;  // there is nobody in between
     const auto is_before = [&](const Pending& pending) {
         if (pending.level == kCta) return true;
         return pending.warp == warp.index &&
@@ -118,14 +120,14 @@ void StoreBuffers::release(const Warp& warp, u32 lanes, Scope scope) {
                 if (!is_before(list[i]))
                     ++i;
                 else if (scope == Scope::kGpu)
-                    move_to_rank(list, i, rank);
+                    move_to_rank(list, i, device);
                 else
                     list[i++].level = kCta;
             }
         }
     }
-    if (scope == Scope::kSys)
-        commit_where(by_rank_[size_t(rank)], [](const Pending&) { return true; });
+    if (scope == Scope::kSys && device >= 0)
+        commit_where(by_rank_[size_t(device)], [](const Pending&) { return true; });
 }
 
 void StoreBuffers::warp_barrier(const Warp& warp, u32 lanes) {

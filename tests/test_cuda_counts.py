@@ -1,0 +1,34 @@
+"""What is counted of dispatch and combine is what the protocol says must move, to the byte."""
+
+import pytest
+
+from ep_megatron.config import BufferConfig
+from tests.routing import Case
+
+pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
+
+from tests.cuda.counts import Shape, combine, counted, dispatch, tables
+from tests.cuda.emulated import Ranks
+
+CASE = Case("counts", (9, 4, 7), num_topk=4, experts_per_rank=2, hidden=264, style="holes")
+
+
+@pytest.mark.parametrize("expand", [False, True], ids=["by_rank", "by_expert"])
+def test_rows_cross_nvlink_once_and_no_block_waits(expand: bool) -> None:
+    ranks = Ranks(CASE.num_ranks, config=BufferConfig(timeout=1e9, num_sms=2))
+    shape, num_tokens, row_bytes = Shape.of(CASE), sum(CASE.num_tokens), 2 * CASE.hidden
+    sent, received = counted(ranks, dispatch, CASE, expand, None)
+    back, _ = counted(ranks, combine, received)
+    away = shape.slots - shape.slots_own if expand else shape.ranks - shape.ranks_own
+    beside = 4 if expand else CASE.num_topk * (8 + 4)  # weights, and expert ids
+    assert sent.peer_bytes == round(away * num_tokens) * (row_bytes + beside)
+    assert back.peer_bytes == round(away * num_tokens) * row_bytes
+    assert (sent.launches, sent.waits, sent.barriers) == (5, 2, 0)
+    assert (back.launches, back.waits, back.barriers) == (3, 2, 0)
+
+
+def test_the_tables_name_all_three() -> None:
+    case = Case("table", (4, 4), num_topk=2, experts_per_rank=2, hidden=256)
+    text = "\n".join(tables(case, num_sms=1))
+    for name in ("ep_megatron", "DeepEP V1", "DeepEP V2"):
+        assert text.count(f"| {name} |") == 6
