@@ -55,7 +55,7 @@ UNREACHABLE = {
     "if (at + i * num_threads * kLaneBytes < args.num_row_bytes)": _NOT_TAKEN,
     "if (block + i < args.num_blocks)": _NOT_TAKEN,
 }
-OTHERS = ("host_waits", "ep_packed_")  # tests/test_cuda_low_latency.py has the latter
+OTHERS = ("host_waits", "ep_packed_", "ep_cross_")  # tests of their own run these
 # One block of each combine: the next row's address from its lane.
 OPEN = "sm_30_intrinsics.hpp:456 in sm_30_intrinsics.hpp:464"
 

@@ -51,11 +51,18 @@ def gather(tensor: Tensor) -> list[Tensor]:
 def expected_sum(
     layout: str, handle: DispatchHandle, y: Tensor, biases: list[Tensor], wire: torch.dtype
 ) -> Tensor:
+    return node_sums(layout, handle, gather(y), biases, wire)
+
+
+def node_sums(
+    layout: str, handle: DispatchHandle, rows: list[Tensor], biases: list[Tensor], wire: torch.dtype
+) -> Tensor:
     """The sum by its definition: biases; per host its ranks' sums, rounded; rounded again.
 
-    `handle` may be of any backend: what counts is where each token's rows are.
+    `handle` may be of any backend: what counts is where each token's rows are. `rows`: by rank.
     """
-    rows, wide = gather(y), torch.float64 if y.dtype == torch.float64 else torch.float32
+    y = rows[0]
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     nothing = torch.full((handle.num_tokens, y.shape[1]), -0.0, dtype=wide)
     total = nothing.clone()
     for bias in biases:
@@ -78,9 +85,12 @@ def expected_sum(
 
 
 def expected_weights(layout: str, handle: DispatchHandle, weights: Tensor) -> Tensor:
+    return node_weights(layout, handle, gather(weights))
+
+
+def node_weights(layout: str, handle: DispatchHandle, everyone: list[Tensor]) -> Tensor:
     """Sum weights, `[M, K]` or `[N]` per rank, host by host, by definition."""
-    everyone = gather(weights)
-    total = torch.zeros(handle.num_tokens, handle.num_topk, dtype=weights.dtype)
+    total = torch.zeros(handle.num_tokens, handle.num_topk, dtype=everyone[0].dtype)
     hosts = Hosts.from_ids(layout)
     for token in range(handle.num_tokens):
         by_host: dict[int, Tensor] = {}

@@ -19,6 +19,7 @@ FLOORS = [
         "sizes",
         "statistics",
         "backends.device",
+        "backends.network",
         "backends.waiter",
     },
     {
@@ -44,6 +45,7 @@ FLOORS = [
     {
         "backends.arrival",
         "backends.device_arena",
+        "backends.crossing",
         "backends.packed_report",
         "backends.packed_window",
         "packed_arguments",
@@ -64,7 +66,7 @@ FLOORS = [
         "backends.packed_group",
         "backends.packed_shared",
     },
-    {"backends", "calls"},
+    {"backends", "calls", "backends.cuda_nodes"},
     {"low_latency", "watched"},
     {"buffer"},
     {"autograd", "elastic", "ops", "pipeline.exchange"},

@@ -321,6 +321,7 @@ PYBIND11_MODULE(_cuda, m) {
     bind_plans(m);
     bind_report(m);
     bind_packed(m);
+    bind_cross(m);
     bind_device(m);
 }
 

@@ -18,12 +18,12 @@ from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceArena, align
 from ep_megatron.backends.device_meeting import DeviceMeeting
-from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, recipe_of
+from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, limit_error, recipe_of
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle
 
-_SUM_DTYPES = {
+SUM_DTYPES = {
     torch.bfloat16: _cuda.DType.bfloat16,
     torch.float16: _cuda.DType.float16,
     torch.float32: _cuda.DType.float32,
@@ -93,7 +93,9 @@ class CudaBackend:
         rows, routing = rows.contiguous(), routing.contiguous()
         num_tokens, num_topk = routing.topk_idx.shape
         routes = self._device.output(torch.int32, (3, num_tokens, num_topk))
-        send = self._describe("dispatch", rows, routing, routes)
+        # A handle's indices say which weights go where; they do not travel again.
+        travels = not routing.expand
+        send = self._describe("dispatch", rows, routing, routes, travels=travels)
         assert send.topk_idx is not None
         scan = self._meeting.scan(send.topk_idx.address, send.call, num_tokens, routes.address)
         report, sizes, block = self._send(send, scan, None)
@@ -126,12 +128,17 @@ class CudaBackend:
         return Received(rows.new_received(handle))
 
     def dispatch_again(
-        self, rows: Rows, handle: DispatchHandle, received: Received | None = None
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        received: Received | None = None,
+        *,
+        with_idx: bool = False,
     ) -> Rows:
-        """See `Backend.dispatch_again`."""
+        """See `Backend.dispatch_again`; `with_idx`: the handle's `topk_idx` arrives, too."""
         rows = rows.contiguous()
         routes = self._device.input(handle.routes)
-        send = self._describe("cached dispatch", rows, handle, routes)
+        send = self._describe("cached dispatch", rows, handle, routes, travels=with_idx)
         _, sizes, block = self._send(send, None, handle)
         arrived = self._receive(send, block, sizes.num_rows[self.rank])
         if received is None:
@@ -180,7 +187,7 @@ class CudaBackend:
                 from_x=self._arena.addresses([rows_place for rows_place, _ in places]),
                 from_weights=self._arena.addresses([weights_place for _, weights_place in places]),
             )
-            device.launch(_cuda.plan_combine(args, _SUM_DTYPES[rows.x.dtype], self._num_sms))
+            device.launch(_cuda.plan_combine(args, SUM_DTYPES[rows.x.dtype], self._num_sms))
             # What was staged is lent until the next call; the caller's own rows only until now.
             self._meeting.arrive(waits=lies_at is not None)
         return device.tensor(out), None if out_weights is None else device.tensor(out_weights)
@@ -206,12 +213,16 @@ class CudaBackend:
     # -- dispatch ---------------------------------------------------------------------------------
 
     def _describe(
-        self, operation: str, rows: Rows, by: Routing | DispatchHandle, routes: Memory
+        self,
+        operation: str,
+        rows: Rows,
+        by: Routing | DispatchHandle,
+        routes: Memory,
+        *,
+        travels: bool,
     ) -> _Send:
         call = Call.of(operation, rows, by)
         self._check_limits(operation, call)
-        # A handle's indices say which weights go where; they do not travel again.
-        travels = isinstance(by, Routing) and not by.expand
         return _Send(
             operation=operation,
             call=call,
@@ -287,7 +298,7 @@ class CudaBackend:
             launch = _cuda.plan_dispatch(args, self._num_sms)
         else:
             args.recipe = recipe_of(recipe)
-            launch = _cuda.plan_dispatch_cast(args, _SUM_DTYPES[send.x.dtype], self._num_sms)
+            launch = _cuda.plan_dispatch_cast(args, SUM_DTYPES[send.x.dtype], self._num_sms)
         self._device.launch(launch)
 
     def _receive(self, send: _Send, block: Block, num_rows: int) -> Rows:
@@ -363,16 +374,9 @@ class CudaBackend:
 
     def _check_limits(self, operation: str, call: Call) -> None:
         """Raise on every rank, if this one's call exceeds what the kernels are made for."""
-        limits = {
-            "hidden": (call.hidden, _cuda.MAX_HIDDEN),
-            "the columns of topk_idx": (call.num_topk, _cuda.MAX_TOPK),
-            "num_experts": (call.num_experts, _cuda.MAX_EXPERTS),
-        }
-        for what, (actual, most) in limits.items():
-            if actual > most:
-                error = f"expected {what} to be at most {most} for backend 'cuda', got {actual}"
-                self.fail(operation, error)
-                raise ValueError(f"{operation}: {error}")
+        if error := limit_error(call):
+            self.fail(operation, error)
+            raise ValueError(f"{operation}: {error}")
 
     def _take_back(self) -> None:
         """Free what was lent for the last call, which every rank has finished by now."""

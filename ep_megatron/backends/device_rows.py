@@ -131,3 +131,16 @@ class Sizes:
             )
         first = rank * experts_per_rank
         return Sizes(num_rows, report.per_expert[first : first + experts_per_rank])
+
+
+def limit_error(call: Call) -> str:
+    """Return in what a call exceeds what the kernels are made for; empty if in nothing."""
+    limits = {
+        "hidden": (call.hidden, _cuda.MAX_HIDDEN),
+        "the columns of topk_idx": (call.num_topk, _cuda.MAX_TOPK),
+        "num_experts": (call.num_experts, _cuda.MAX_EXPERTS),
+    }
+    for what, (actual, most) in limits.items():
+        if actual > most:
+            return f"expected {what} to be at most {most} for backend 'cuda', got {actual}"
+    return ""

@@ -1,6 +1,6 @@
 """The public `Buffer` over emulated GPUs, one thread per rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ep_megatron import Buffer
@@ -35,9 +35,10 @@ class Buffers(Ranks):
         timeout: float = 1e9,
         enable_shrink: bool = False,
         window_bytes: int = WINDOW_BYTES,
+        kernels: Sequence[str] = (),
     ) -> None:
         config = BufferConfig(timeout=timeout, num_sms=NUM_SMS)
-        super().__init__(num_ranks, seed, mode, config)
+        super().__init__(num_ranks, seed, mode, config, kernels)
 
         def make(rank: int) -> EmulatedBuffer:
             meeting, backend = ThreadMeeting(rank, self._tables[0]), self.backends[rank]

@@ -1,0 +1,76 @@
+"""Low-latency calls on real GPUs do what their definition says, bit for bit. See README.md."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_megatron import Buffer, BufferConfig
+from tests.packed_cases import PackedCase, check_packed, expected_combined
+from tests.ranks import run_on_ranks
+from tests.test_low_latency import CASES, FLAGS, RECIPES, experts_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and driver"),
+]
+
+
+@functools.cache
+def buffer_of(rank: int) -> Buffer:
+    assert dist.group.WORLD is not None
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    config = BufferConfig(backend="cuda", timeout=30)
+    return Buffer(dist.group.WORLD, 0, 64 << 20, low_latency_mode=True, config=config)
+
+
+def on_cpu(found: Any) -> Any:
+    """Return tensors, and those in tuples, in host memory."""
+    if isinstance(found, tuple):
+        return tuple(map(on_cpu, found))
+    return found.cpu() if isinstance(found, Tensor) else found
+
+
+def check(rank: int, cases: list[PackedCase], with_hook: bool) -> None:
+    buffer = buffer_of(rank)
+    for step, case in enumerate(cases):
+        idx = case.topk_idx(rank, step).cuda()
+        for kind, recipe in RECIPES.items():
+            if kind == "ue8m0" and case.hidden % 512:
+                continue
+            recv, count, handle, _, hook = buffer.low_latency_dispatch(
+                case.x(rank, step).cuda(),
+                idx,
+                case.capacity,
+                case.num_experts,
+                return_recv_hook=with_hook,
+                **FLAGS[kind],
+            )
+            if hook is not None:
+                hook()
+            rows_here, counts, values = on_cpu((recv, count, tuple(handle)))
+            check_packed(case, rank, rows_here, counts, values, recipe, step)
+            if kind != "bf16":
+                continue
+            rows = experts_rows(case, rank, rows_here).cuda()
+            weights = case.weights(rank, step).cuda()
+            expected = expected_combined(case, rank, step)
+            for zero_copy in (False, True):
+                if zero_copy:
+                    buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
+                out, _, hook = buffer.low_latency_combine(
+                    rows, idx, weights, handle, zero_copy=zero_copy, return_recv_hook=with_hook
+                )
+                if hook is not None:
+                    hook()
+                assert torch.equal(out.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("with_hook", [False, True], ids=["at once", "hook"])
+@pytest.mark.parametrize("num_ranks", sorted({case.num_ranks for case in CASES.values()}))
+def test_rows_and_sums_are_those_of_the_definition(num_ranks: int, with_hook: bool) -> None:
+    cases = [case for case in CASES.values() if case.num_ranks == num_ranks]
+    run_on_ranks(num_ranks, check, cases, with_hook)

@@ -1,0 +1,183 @@
+"""The CUDA backend on emulated GPUs of several nodes: the reference's rows, the stated sums.
+
+Rows cross by puts of emulated cards, late and in the order of their queue pair alone; see
+tests/cuda/nic.py. Sums are compared with the definition that tests/test_hierarchical.py holds the
+`hierarchical` backend to, bit for bit.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.fp8 import FP8, MXFP8
+from tests.routing import Case
+from tests.test_dispatch import HANDLE_NUMBERS
+from tests.test_hierarchical import node_sums, node_weights
+
+pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
+
+from tests.cuda.nic import Nodes, gathered
+from tests.test_cuda_backend import error_of, same, same_rows
+
+CASES = {
+    2: Case("two", (5, 4), num_topk=3, hidden=16),
+    4: Case("four", (5, 0, 7, 3), num_topk=4, experts_per_rank=2, hidden=24, alignment=4),
+    8: Case("eight", (3, 4, 0, 5, 2, 6, 1, 3), num_topk=5, experts_per_rank=2, hidden=8),
+}
+LAYOUTS = ["AB", "AABB", "AAAABBBB", "AABBCCDD", "ABBA", "AAAB", "AAAA"]
+
+
+def check(
+    backend: Backend, reference: Backend, case: Case, layout: str, dtype: torch.dtype, exact: bool
+) -> None:
+    """Dispatch, combine with and without biases, and a cached dispatch, in both row orders."""
+    rank = backend.rank
+    for expand in (False, True):
+        routing = Routing(case.topk_idx(rank), case.num_experts, expand, case.alignment)
+        sent = Rows(case.x(rank, dtype), topk_weights=case.weights(rank))
+        (mine, handle), (other, other_handle) = (
+            b.dispatch(sent, routing) for b in (backend, reference)
+        )
+        same_rows(mine, other)
+        assert torch.equal(handle.routes, other_handle.routes)
+        for name in HANDLE_NUMBERS:
+            assert getattr(handle, name) == getattr(other_handle, name), name
+        rng = torch.Generator().manual_seed(rank)
+        y = torch.randn(handle.num_recv_rows, case.hidden, generator=rng, dtype=torch.float64)
+        y.view(-1)[::7] = -0.0
+        columns = (len(y),) if expand else (len(y), case.num_topk)
+        rows = Rows(y.to(dtype), topk_weights=torch.randn(columns, generator=rng))
+        assert rows.topk_weights is not None
+        everyone, weights = gathered(reference, rows.x), gathered(reference, rows.topk_weights)
+        biases = [case.x(rank, dtype) + 1, case.x(rank, dtype) * 3]
+        wire = torch.float32 if exact else dtype
+        for used in ([], biases[:1], biases):
+            out, out_weights = backend.combine(rows, handle, used)
+            same(out, node_sums(layout, other_handle, everyone, used, wire))
+            same(out_weights, node_weights(layout, other_handle, weights))
+        again = Rows(case.x(rank, dtype).flip(0), topk_weights=case.weights(rank, torch.float64))
+        same_rows(
+            backend.dispatch_again(again, handle), reference.dispatch_again(again, other_handle)
+        )
+
+
+def no_report(nodes: Nodes) -> None:
+    assert nodes.machine.report() == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_the_references_and_sums_the_definitions(layout: str) -> None:
+    nodes = Nodes(layout)
+    for dtype in (torch.bfloat16, torch.float32):
+        nodes.run(check, CASES[len(layout)], layout, dtype, False)
+    no_report(nodes)
+
+
+def test_sums_travel_in_float32_where_asked() -> None:
+    nodes = Nodes("AABB", is_exact=True)
+    nodes.run(check, CASES[4], "AABB", torch.bfloat16, True)
+    no_report(nodes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["race", "weak"])
+def test_no_interleaving_of_cards_and_kernels_races_or_changes_a_bit(mode: str, seed: int) -> None:
+    nodes = Nodes("AABB", seed, mode)
+    nodes.run(check, CASES[4], "AABB", torch.bfloat16, False)
+    no_report(nodes)
+
+
+def check_fp8(backend: Backend, reference: Backend, case: Case) -> None:
+    routing = Routing(case.topk_idx(backend.rank), case.num_experts, True, case.alignment)
+    for recipe in (FP8, replace(MXFP8, layout="column_major")):
+        for widen_to in (None, torch.float32):
+            x = case.x(backend.rank, torch.bfloat16)
+            sent = Rows(x, topk_weights=case.weights(backend.rank), fp8=recipe, widen_to=widen_to)
+            (mine, handle), (other, _) = (b.dispatch(sent, routing) for b in (backend, reference))
+            same_rows(mine, other)
+        same_rows(
+            backend.dispatch_again(Rows(x, fp8=recipe), handle),
+            reference.dispatch_again(Rows(x, fp8=recipe), _),
+        )
+
+
+def test_rows_are_cast_once_before_they_cross() -> None:
+    nodes = Nodes("AABB")
+    nodes.run(check_fp8, Case("fp8", (3, 4, 0, 5), num_topk=3, hidden=256, alignment=4))
+    no_report(nodes)
+
+
+def test_a_token_crosses_once_per_node() -> None:
+    """Whatever experts it has there; and nothing crosses that stays."""
+    nodes = Nodes("AABB")
+    topk_idx = torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3], [0, 4, 2, 6]])
+
+    def send(backend: Backend, _reference: Backend) -> None:
+        idx = topk_idx if backend.rank == 0 else topk_idx[:0]
+        backend.dispatch(Rows(torch.zeros(len(idx), 512, dtype=torch.bfloat16)), Routing(idx, 8))
+
+    nodes.run(send)
+    counts = nodes.machine.counts()
+    record = 1024 + 16  # expert ids beside the row
+    assert counts["nic_put"]["peer_written"] == 2 * record + 4
+    no_report(nodes)
+
+
+def check_errors(backend: Backend, _reference: Backend, case: Case) -> list[str]:
+    """Each of these raises on all ranks, and the next call goes on."""
+    rank = backend.rank
+    x, idx = case.x(rank, torch.bfloat16), case.topk_idx(rank)
+    routing = Routing(idx, case.num_experts)
+    wrong = idx.clone()
+    if rank == 2:
+        wrong[2, 1] = case.num_experts
+    other = torch.float16 if rank == 0 else torch.bfloat16
+    errors = [
+        error_of(lambda: backend.dispatch(Rows(x), replace(routing, topk_idx=wrong))),
+        error_of(lambda: backend.dispatch(Rows(x.to(other)), routing)),
+    ]
+    _, handle = backend.dispatch(Rows(x), routing)
+    plain = replace(handle, hop=None) if rank == 3 else handle
+    y = torch.zeros(handle.num_recv_rows, case.hidden)
+    with pytest.raises(ValueError, match="of this backend"):
+        backend.combine(Rows(y), plain)
+    assert not backend.combine(Rows(y), handle)[0].any()
+    return errors
+
+
+def test_bad_calls_raise_on_every_rank_and_the_next_goes_on() -> None:
+    nodes = Nodes("AABB")
+    errors = nodes.run(check_errors, CASES[4])
+    assert errors[0] == errors[1]
+    assert "rank 2: expected topk_idx to be in [0, 8)" in errors[0][0]
+    assert "float16 on rank 0 and bfloat16 on rank 1, 2, 3" in errors[0][1]
+    no_report(nodes)
+
+
+def lossy(nodes: Nodes) -> None:
+    """Let the cards of rank 0 lose what they are given."""
+
+    def lose(*_: object) -> None:
+        return
+
+    backend: Any = nodes.backends[0]
+    backend._crossing._network.put_signal = lose
+
+
+def check_lost(backend: Backend, _reference: Backend, case: Case) -> str:
+    routing = Routing(case.topk_idx(backend.rank), case.num_experts)
+    try:
+        backend.dispatch(Rows(case.x(backend.rank, torch.bfloat16)), routing)
+    except Exception as error:  # a trap stops the machine, and all of its ranks
+        return str(error)
+    return ""
+
+
+def test_rows_that_do_not_come_end_the_kernels_that_would_read_them() -> None:
+    nodes = Nodes("AB", timeout=0.02)
+    lossy(nodes)
+    errors = nodes.run(check_lost, CASES[2])
+    assert "trap" in errors[1]
