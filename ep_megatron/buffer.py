@@ -19,6 +19,7 @@ from ep_megatron.arguments import (
     dispatch_rows,
 )
 from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.backends.packed import LowLatencyBackend
 from ep_megatron.calls import Calls
 from ep_megatron.communicator import group_of
 from ep_megatron.config import BufferConfig
@@ -89,12 +90,17 @@ class Buffer(LowLatencyVerbs, Watched, Settings):
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._backend: Backend = backends.choose(group, self.config)
-        self._low_latency = None
+        rows_backend = backends.choose(group, self.config)
+        packed = None
         if low_latency_mode:
-            self._low_latency = backends.choose_low_latency(
-                group, self.config, self._backend, num_rdma_bytes, enable_shrink=enable_shrink
+            packed = backends.choose_low_latency(
+                group, self.config, rows_backend, num_rdma_bytes, enable_shrink=enable_shrink
             )
+        self._serve(rows_backend, packed)
+
+    def _serve(self, backend: Backend, low_latency: LowLatencyBackend | None) -> None:
+        """Begin to take calls for these backends."""
+        self._backend, self._low_latency = backend, low_latency
         self._calls = Calls(self._backend, self._low_latency)
         self.rank, self.group_size = self._backend.rank, self._backend.num_ranks
         self._watch()

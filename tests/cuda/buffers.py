@@ -6,7 +6,6 @@ from typing import Any
 from ep_megatron import Buffer
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.packed_cuda import PackedCuda
-from ep_megatron.calls import Calls
 from ep_megatron.config import BufferConfig
 from tests.cuda.emulated import NUM_SMS, Ranks, ThreadMeeting
 
@@ -17,10 +16,8 @@ class EmulatedBuffer(Buffer):
     """A Buffer whose ranks are threads, and which is given its backends."""
 
     def __init__(self, backend: CudaBackend, packed: PackedCuda, enable_shrink: bool) -> None:
-        self._backend, self._low_latency = backend, packed
-        self.enable_shrink = enable_shrink
-        self._calls = Calls(backend, packed)
-        self.rank, self.group_size = backend.rank, backend.num_ranks
+        self.config, self.enable_shrink = BufferConfig(), enable_shrink
+        self._serve(backend, packed)
 
 
 class Buffers(Ranks):
