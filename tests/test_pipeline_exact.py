@@ -187,6 +187,34 @@ def test_gradients_are_those_of_the_whole_model(case: Case) -> None:
     assert min(compared) > least
 
 
+SCHEDULES = {
+    "1f1b": (ALONE,),
+    "zb1p": ({}, ALONE),
+    "interleaved": (ALONE,),
+    "interleaved-overlap": ({}, LATE, ALONE),
+    "zbv": ({}, ALONE),
+    "dualpipe": ({}, LATE, ALONE),
+    "dualpipev": ({}, LATE, ALONE),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("again", [{}, FULL, EXPERTS_AGAIN], ids=["kept", "all", "experts"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_the_matrix(pp: int, ep: int, dtype: torch.dtype, again: dict[str, Any]) -> None:
+    """All schedules, overlapped or not, W split or not, with and without recomputation."""
+    runs = tuple(
+        Run(name, settings)
+        for name, all_settings in SCHEDULES.items()
+        for settings in all_settings
+        if pp > 1 or name not in ("interleaved", "dualpipe")  # they need two ranks
+    )
+    case = Case(Layout(pp=pp, ep=ep), runs, Shape(dtype, options=again))
+    assert min(run_on_ranks(pp * ep, _compare, case)) > 10 * len(runs)
+
+
 def test_a_reference_of_other_microbatches_differs() -> None:
     """The comparison can fail: it does for a run over other data."""
     case = Case(ONE, (Run("1f1b"),), replace(SMALL, num_microbatches=3))

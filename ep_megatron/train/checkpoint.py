@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ep_megatron.train.config import Config
 from ep_megatron.train.orphans import start_checkpoint_process
@@ -98,11 +99,14 @@ def load_checkpoint(run: Run, folder: Path) -> Path:
         )
     try:
         _load(run, path)
-    except Exception as error:  # whatever a damaged file makes of its readers
-        reason = (str(error).splitlines() or [""])[0][:300]
+    except (Exception, CheckpointException) as error:  # whatever a damaged file does to readers
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # of all ranks', which say much the same
+            cause = next(iter(error.failures.values()), (error, None))[0]
+        reason = (str(cause).splitlines() or [""])[0][:300]
         raise ValueError(
             f"resume: expected {path} to be a whole checkpoint of this model, got "
-            f"{type(error).__name__}: {reason}; restore it, or write the number of an earlier "
+            f"{type(cause).__name__}: {reason}; restore it, or write the number of an earlier "
             f"iter_ folder into {folder / _LATEST}"
         ) from error
     return path

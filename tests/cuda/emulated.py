@@ -275,9 +275,7 @@ class Ranks:
         self.num_ranks = num_ranks
         self._tables = [_Table(num_ranks, self.machine.meet), _Table(num_ranks)]
         self.devices = [EmulatedDevice(self.machine, rank) for rank in range(num_ranks)]
-        self._has_failed = threading.Event()
-        for device in self.devices:
-            device.has_failed = self._has_failed
+        self._fail_together()
         config = config or BufferConfig(timeout=1e9, num_sms=NUM_SMS)
         self.backends: list[CudaBackend] = self._on_threads(
             lambda rank: CudaBackend(
@@ -292,6 +290,12 @@ class Ranks:
         return self._on_threads(
             lambda rank: function(self.backends[rank], self.references[rank], *args)
         )
+
+    def _fail_together(self) -> None:
+        """Let the failure of one rank end the waits of all."""
+        self._has_failed = threading.Event()
+        for device in self.devices:
+            device.has_failed = self._has_failed
 
     def _on_threads(self, action: Callable[[int], Any]) -> list[Any]:
         results: list[Any] = [None] * self.num_ranks

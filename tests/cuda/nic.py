@@ -194,6 +194,7 @@ class Nodes(Ranks):
         for device in devices:
             device.fabric = self.fabric
         self.devices = list(devices)
+        self._fail_together()
         config = BufferConfig(timeout=timeout, num_sms=NUM_SMS, float32_between_hosts=is_exact)
 
         def make(rank: int) -> CudaNodesBackend:
