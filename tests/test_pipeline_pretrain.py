@@ -45,8 +45,7 @@ def test_losses_are_those_of_plain_1f1b(
     plain: list[tuple[int, float, float]],
     name: str,
 ) -> None:
-    shutil.copytree(folder / "plain", folder / name)
-    (folder / name / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
+    _go_back(folder, "plain", name)
     words = (*WORDS, "--resume", "--pipeline-schedule", name, *SCHEDULES[name])
     output = _finish(_start(folder, name, *words))
     assert "resumed from" in output
@@ -61,6 +60,40 @@ def test_losses_are_those_of_plain_1f1b(
         assert {span.rank for span in timeline.spans} == {0, 1}
         assert {span.lane for span in timeline.spans} == {"compute", "comm", "p2p"}
         assert calibrate(timeline).schedule.name == name  # it can be simulated
+
+
+def test_prediction_layers_train_on_a_v(folder: Path) -> None:
+    """From the checkpoint of plain 1F1B with its losses, from an own one with the same bits."""
+    words = (*WORDS, "--mtp-num-layers", "1")
+    on_a_v = (*words, "--pipeline-schedule", "dualpipev")
+    _finish(_start(folder, "plain mtp", *words))
+    _go_back(folder, "plain mtp", "mtp")
+    _finish(_start(folder, "mtp", *on_a_v, "--resume"))
+    for one, other in zip(_losses(folder, "mtp"), _losses(folder, "plain mtp"), strict=True):
+        assert one[1:] == pytest.approx(other[1:], rel=2e-5)
+    _check_resuming(folder, "whole mtp", on_a_v)
+
+
+def test_two_copies_resume_with_a_distributed_optimizer(folder: Path) -> None:
+    words = (*WORDS, "--use-distributed-optimizer")
+    _check_resuming(folder, "cut", (*words, "--pipeline-schedule", "dualpipe"))
+    output = _finish(_start(folder, "cut", *words, "--train-iters", "5", "--resume"), expected=1)
+    assert "resume: expected pipeline-schedule to be dualpipe, as in" in output
+    assert "got none; resume with the schedule it was written by" in output
+
+
+def _check_resuming(folder: Path, name: str, words: tuple[str, ...]) -> None:
+    """A run that goes on from its second iteration has the bits of one that was not interrupted."""
+    _finish(_start(folder, name, *words))
+    _go_back(folder, name, f"{name} again")
+    _finish(_start(folder, f"{name} again", *words, "--resume"))
+    assert _losses(folder, f"{name} again") == _losses(folder, name)
+
+
+def _go_back(folder: Path, name: str, copy: str) -> None:
+    """Copy a run, to be resumed behind its second iteration."""
+    shutil.copytree(folder / name, folder / copy)
+    (folder / copy / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
 
 
 @pytest.mark.parametrize(

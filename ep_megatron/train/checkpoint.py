@@ -100,6 +100,8 @@ def load_checkpoint(run: Run, folder: Path) -> Path:
     try:
         _load(run, path)
     except (Exception, CheckpointException) as error:  # whatever a damaged file does to readers
+        if str(error).startswith("resume: "):
+            raise
         cause: BaseException = error
         if isinstance(error, CheckpointException):  # of all ranks', which say much the same
             cause = next(iter(error.failures.values()), (error, None))[0]
@@ -118,6 +120,8 @@ def _load(run: Run, path: Path) -> None:
 
     common = dist_checkpointing.load_common_state_dict(str(path))
     same_layout = common["layout"] == _layout(run.config)
+    if run.config.use_distributed_optimizer:
+        _check_schedule(run.config, common["config"], path)
     state = dist_checkpointing.load(
         _state(run, is_loading=True, with_random_states=same_layout), str(path)
     )
@@ -129,6 +133,17 @@ def _load(run: Run, path: Path) -> None:
     run.iteration = state["iteration"]
     if same_layout:
         _restore_random_states(state["random_states"])
+
+
+def _check_schedule(config: Config, saved: dict[str, Any], path: Path) -> None:
+    """Refuse state of a distributed optimizer over other chunks: it is cut along their buffers."""
+    asked, was = config.pipeline_schedule, saved.get("pipeline-schedule")
+    if asked != was:
+        raise ValueError(
+            f"resume: expected pipeline-schedule to be {was or 'left out'}, as in {path}, whose "
+            f"distributed optimizer is cut along its chunks, got {asked or 'none'}; resume "
+            "with the schedule it was written by"
+        )
 
 
 def _add_missing_steps(optimizer: Any, state: dict[Any, Any], iteration: int) -> None:
