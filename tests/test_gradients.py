@@ -28,8 +28,12 @@ def assert_exact(actual: Tensor | None, expected: Tensor | None) -> None:
 
 
 def all_experts(case: Case) -> GroupedExperts:
-    torch.manual_seed(7)
-    return GroupedExperts(case.num_experts, case.hidden, 6, dtype=torch.float64)
+    experts = GroupedExperts(case.num_experts, case.hidden, 6, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(7)  # the ranks may be threads, which share torch's own
+    with torch.no_grad():
+        for weight in (experts.gate_up, experts.down):
+            weight.normal_(std=weight.shape[1] ** -0.5, generator=rng)
+    return experts
 
 
 def local_experts(case: Case, rank: int) -> GroupedExperts:
