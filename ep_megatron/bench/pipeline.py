@@ -16,9 +16,11 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -206,28 +208,30 @@ def _write(link: str, schedule: str, steps: dict[str, list[_Step]], folder: Path
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print the rows as a table."""
-    table = Table("link", "schedule", "mode", pad_edge=False)
-    for column in ("exchange", "exposed", "of blocking", "simulated", "step", "simulated", "ratio"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.link,
-            row.schedule,
-            row.mode,
-            f"{row.exchange:.1f} ms" if row.mode == "blocking" else "",
-            f"{row.exposed / 1e3:.2f} s",
-            f"{100 * row.exposed_share:.1f} %",
-            f"{row.predicted_exposed / 1e3:.2f} s",
-            f"{row.step / 1e3:.2f} s",
-            f"{row.predicted_step / 1e3:.2f} s",
-            f"{row.predicted_step / row.step:.3f}",
-        )
-    console.print(table)
+    """Print a table per link and schedule, each narrow enough for a plain terminal."""
+    columns = ("exposed", "share", "simulated", "step", "simulated", "ratio")
+    for (link, schedule), group in groupby(rows, lambda row: (row.link, row.schedule)):
+        modes = list(group)
+        title = f"{schedule} over {link}, an exchange takes {modes[0].exchange:.1f} ms"
+        table = Table("mode", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in modes:
+            table.add_row(
+                row.mode,
+                f"{row.exposed / 1e3:.2f} s",
+                f"{100 * row.exposed_share:.1f} %",
+                f"{row.predicted_exposed / 1e3:.2f} s",
+                f"{row.step / 1e3:.2f} s",
+                f"{row.predicted_step / 1e3:.2f} s",
+                f"{row.predicted_step / row.step:.3f}",
+            )
+        console.print(table)
     load = max(row.load for row in rows)
     words = (
-        "exposed: an exchange runs and nothing is computed; simulated: with the node times of the "
-        f"blocking run; ratio: simulated over measured step; load of the machine: {load:.1f}"
+        "exposed: an exchange runs and nothing is computed; share: of blocking; simulated: with "
+        "the node times of the blocking run; "
+        f"ratio: simulated over measured step; load of the machine: {load:.1f}"
     )
     console.print(words, style="dim", highlight=False)
 
