@@ -16,7 +16,7 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-/// Raise ValueError, naming the operation, for a name that is none.
+/// Raise ValueError, naming the operation, for a name that is none; the fastest kernels have "".
 DType dtype_of(const std::string& operation, const std::string& name);
 const RowKernels& kernels_of(const std::string& operation, const std::string& isa);
 
@@ -30,6 +30,7 @@ Fp8Cast fp8_cast(const std::string& operation,
 void bind_exchange(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_fp8(pybind11::module_& m);
+void bind_logfmt(pybind11::module_& m);
 void bind_low_latency(pybind11::module_& m);
 
 }  // namespace ep

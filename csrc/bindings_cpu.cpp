@@ -24,6 +24,7 @@ DType dtype_of(const std::string& operation, const std::string& name) {
 }
 
 const RowKernels& kernels_of(const std::string& operation, const std::string& isa) {
+    if (isa.empty()) return row_kernels();
     if (const RowKernels* kernels = find_row_kernels(isa)) return *kernels;
     std::string names;
     for (const char* name : row_kernel_names())
@@ -102,5 +103,6 @@ PYBIND11_MODULE(_cpu, m) {
     ep::bind_exchange(m);
     ep::bind_plan(m);
     ep::bind_fp8(m);
+    ep::bind_logfmt(m);
     ep::bind_low_latency(m);
 }

@@ -13,13 +13,6 @@
 namespace py = pybind11;
 
 namespace ep {
-namespace {
-
-const RowKernels& kernels_for(const std::string& operation, const std::string& isa) {
-    return isa.empty() ? row_kernels() : kernels_of(operation, isa);
-}
-
-}  // namespace
 
 Fp8Cast fp8_cast(const std::string& operation,
                  const std::string& dtype,
@@ -48,7 +41,7 @@ void bind_fp8(py::module_& m) {
         [](const std::string& isa, const std::string& dtype, const Fp8FormatTuple& format,
            uintptr_t data, uintptr_t scales, Strides strides, uintptr_t x, size_t num_rows,
            size_t hidden) {
-            const RowKernels& kernels = kernels_for("quantize_rows", isa);
+            const RowKernels& kernels = kernels_of("quantize_rows", isa);
             const Fp8Cast cast = fp8_cast("quantize_rows", dtype, hidden, format);
             const py::gil_scoped_release no_gil;
             quantize_rows(kernels, cast, pointer<char>(data), pointer<char>(scales),
@@ -62,7 +55,7 @@ void bind_fp8(py::module_& m) {
         [](const std::string& isa, const std::string& dtype, const Fp8FormatTuple& format,
            uintptr_t out, uintptr_t data, uintptr_t scales, Strides strides, size_t num_rows,
            size_t hidden) {
-            const RowKernels& kernels = kernels_for("dequantize_rows", isa);
+            const RowKernels& kernels = kernels_of("dequantize_rows", isa);
             const Fp8Cast cast = fp8_cast("dequantize_rows", dtype, hidden, format);
             const py::gil_scoped_release no_gil;
             dequantize_rows(kernels, cast, pointer<char>(out), pointer<const char>(data),

@@ -47,7 +47,9 @@ PackedTopk topk_of(const TopkTuple& topk) {
     return {pointer<const void>(address), item_bytes == 8, num_tokens, num_topk};
 }
 
-PackedSizes sizes_of(const std::vector<int64_t>& call) { return {call[1], call[2], call[3]}; }
+PackedSizes sizes_of(const std::vector<int64_t>& call) {
+    return {call[1], call[2], call[3], call[5] != 0};
+}
 
 std::optional<Fp8Cast> cast_of(const std::vector<int64_t>& call,
                                const std::optional<Fp8FormatTuple>& format) {
@@ -105,11 +107,13 @@ void bind_low_latency(py::module_& m) {
         .def(
             "receive_combine",
             [](LowLatency& self, uint32_t epoch, const std::vector<int64_t>& call,
-               const TopkTuple& topk, uintptr_t weights, uintptr_t out, uintptr_t waited) {
+               const TopkTuple& topk, uintptr_t weights, uintptr_t out, uintptr_t waited,
+               uintptr_t num_bytes) {
                 std::vector<int> other_routing;
                 const bool is_agreed = self.receive_combine(
                     epoch, topk_of(topk), pointer<const float>(weights), sizes_of(call),
-                    pointer<char>(out), pointer<int64_t>(waited), other_routing);
+                    pointer<char>(out), pointer<int64_t>(waited), pointer<int64_t>(num_bytes),
+                    other_routing);
                 return std::make_pair(is_agreed, other_routing);
             },
             no_gil)

@@ -46,6 +46,16 @@ def dequantize_rows(
 ) -> None:
     """Widen e4m3 rows to `dtype`; strides of scales are bytes."""
 
+def encode_logfmt(
+    isa: str, extremes_ptr: int, data_ptr: int, x_ptr: int, num_rows: int, hidden: int
+) -> int:
+    """Cast bfloat16 rows to LogFMT; return the bytes of the data, at most 2 x rows x hidden."""
+
+def decode_logfmt(
+    isa: str, out_ptr: int, extremes_ptr: int, data_ptr: int, num_rows: int, hidden: int
+) -> None:
+    """Write the numbers of LogFMT rows as float32."""
+
 MAX_EXPERTS: int
 
 class Block:
@@ -290,6 +300,7 @@ class LowLatency:
         weights: int,
         out: int,
         waited: int,
+        num_bytes: int,
         /,
     ) -> tuple[bool, list[int]]:
         """Receiving half; the ranks whose rows are not those that `topk` names."""

@@ -1,7 +1,8 @@
-"""The casts of `fp8.py` by the fastest code that gives their bits.
+"""The casts of `fp8.py` and `logfmt.py` by the fastest code that gives their bits.
 
 Compiled kernels for rows on a CPU where the extension is built, the torch reference elsewhere; the
-kernels give the reference's bits on every instruction set (tests/test_fp8_kernels.py).
+kernels give the reference's bits on every instruction set (tests/test_fp8_kernels.py and
+tests/test_logfmt.py).
 """
 
 import functools
@@ -10,8 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ep_megatron import fp8
+from ep_megatron import fp8, logfmt
 from ep_megatron.fp8 import Fp8Recipe, ScaleFormat
+from ep_megatron.logfmt import LogRows
 
 
 @functools.cache
@@ -80,6 +82,37 @@ def dequantize(data: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
         scales.data_ptr(),
         scale_strides(scales),
         *data.shape,
+    )
+    return out
+
+
+def encode_logfmt(x: Tensor) -> LogRows:
+    """Cast rows `[M, H]` bfloat16 to LogFMT; see `logfmt.encode`, whose bits these are."""
+    kernels = _kernels() if x.device.type == "cpu" else None
+    if kernels is None:
+        return logfmt.encode(x)
+    logfmt.check_rows("encode_logfmt", x)
+    x = x.detach().contiguous()
+    num_rows, hidden = x.shape
+    extremes = torch.empty(num_rows, hidden // logfmt.BLOCK, 2, dtype=torch.bfloat16)
+    data = torch.empty(2 * x.numel(), dtype=torch.uint8)
+    used = kernels.encode_logfmt(
+        "", extremes.data_ptr(), data.data_ptr(), x.data_ptr(), num_rows, hidden
+    )
+    return LogRows(extremes, data[:used])
+
+
+def decode_logfmt(rows: LogRows) -> Tensor:
+    """Return the numbers of LogFMT rows, `[M, H]` float32; see `logfmt.decode`."""
+    kernels = _kernels() if rows.data.device.type == "cpu" else None
+    if kernels is None:
+        return logfmt.decode(rows)
+    logfmt.check_data("decode_logfmt", rows)
+    extremes, data = rows.extremes.contiguous(), rows.data.contiguous()
+    num_rows, hidden = len(extremes), extremes.shape[1] * logfmt.BLOCK
+    out = torch.empty(num_rows, hidden)
+    kernels.decode_logfmt(
+        "", out.data_ptr(), extremes.data_ptr(), data.data_ptr(), num_rows, hidden
     )
     return out
 

@@ -18,10 +18,12 @@ from ep_megatron.backends.packed import (
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
+    Waits,
 )
 from ep_megatron.calls import Calls
 from ep_megatron.packed_arguments import (
     check_hook,
+    check_logfmt,
     check_packed_handle,
     check_packed_rows,
     check_routing,
@@ -146,7 +148,8 @@ class LowLatencyVerbs:
 
         def receive(number: int) -> None:
             backend.receive_dispatch(number, call, packed)
-            self._count_waits(call, packed.waited, topk_idx)
+            if device == "cpu":  # to look at what a GPU has would be to wait for it
+                self._count_waits(call, Waits.of_dispatch(call, packed, topk_idx))
             if stats[0] is not None:
                 stats[0].add_(packed.count)
             if stats[1] is not None:
@@ -178,7 +181,8 @@ class LowLatencyVerbs:
             topk_idx: `[T, K]`, as it was given to dispatch.
             topk_weights: `[T, K]` float32.
             handle: of that dispatch.
-            use_logfmt: must be False.
+            use_logfmt: rows travel as 10-bit logarithms wherever the 128 columns of a block are
+                all below 1 (see `logfmt`). Not together with `zero_copy`; on CPUs.
             zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)` already; of `x`
                 only the shape is looked at. Other ranks read that buffer until the next call but
                 one has begun: ask for a new one instead of writing to it again.
@@ -196,19 +200,15 @@ class LowLatencyVerbs:
 
         Raises:
             ValueError, RuntimeError: see `low_latency_dispatch`.
-            NotImplementedError: for `use_logfmt`.
         """
         name = "low_latency_combine"
-        if use_logfmt:
-            raise NotImplementedError(
-                f"{name}: expected use_logfmt to be False, got True; LogFMT is not there"
-            )
         backend = self._backend_of(name)
         device = backend.device_type
         stats = None, combine_wait_recv_cost_stats
 
         def check() -> LowLatencyCall:
             check_hook(name, async_finish, return_recv_hook)
+            check_logfmt(name, use_logfmt, zero_copy, device)
             sizes = check_packed_handle(name, handle, self.group_size, device)
             num_tokens, hidden, num_experts = sizes
             local, rows = num_experts // self.group_size, self.group_size * num_tokens
@@ -220,12 +220,12 @@ class LowLatencyVerbs:
             if out is not None:
                 check_tensor(name, "out", out, (length, hidden), bf16, dense=True, device=device)
             check_stats(name, stats, local, ranks, device)
-            return LowLatencyCall(COMBINE, *sizes)
+            return LowLatencyCall(COMBINE, *sizes, use_logfmt=int(use_logfmt))
 
         call = self._agreeable(name, check)
         value = LowLatencyHandle(*handle)
         combined = x.new_empty(len(topk_idx), call.hidden) if out is None else out
-        waited = torch.zeros(self.group_size, dtype=torch.int64)
+        waits = Waits.zeros(self.group_size)
 
         def send() -> int:
             offered = x.detach().contiguous() if taken is None else taken
@@ -233,10 +233,11 @@ class LowLatencyVerbs:
 
         def receive(number: int) -> None:
             idx, weights = topk_idx.contiguous(), topk_weights.detach().contiguous()
-            backend.receive_combine(number, call, idx, weights, combined, waited)
-            self._count_waits(call, waited, idx)
+            backend.receive_combine(number, call, idx, weights, combined, waits)
+            if device == "cpu":
+                self._count_waits(call, waits)
             if stats[1] is not None:
-                stats[1].add_(waited.to(stats[1].device))
+                stats[1].add_(waits.waited.to(stats[1].device))
 
         # Now, and not when a queued call runs: by then it might be the next call's.
         taken = backend.take_combine_buffer(value) if zero_copy else None
@@ -320,18 +321,10 @@ class LowLatencyVerbs:
         )
         return event, ReceiveHook(lambda: self._receive(name, receive, numbers[0]))
 
-    def _count_waits(self, call: LowLatencyCall, waited: Tensor, topk_idx: Tensor) -> None:
-        """Count a call: what it waited for, and rows sent (dispatch) or read (combine) by rank."""
-        if topk_idx.device.type != "cpu":
-            return  # to look at what a GPU has would be to wait for it
-        width = 2 * call.hidden
-        if call.recipe is not None:
-            width = call.hidden + 4 * call.recipe.num_scales(call.hidden)
-        local = call.num_experts // self.group_size
-        used = topk_idx[topk_idx >= 0].to(torch.int64) // local
-        rows = torch.bincount(used, minlength=self.group_size)
-        waits = [1e-9 * nanoseconds for nanoseconds in waited.tolist()]
-        self._packed_counts.add_waits(call.name, waits, (rows * width).tolist())
+    def _count_waits(self, call: LowLatencyCall, waits: Waits) -> None:
+        """Count a call: what it waited for, and bytes sent (dispatch) or read (combine) by rank."""
+        seconds = [1e-9 * nanoseconds for nanoseconds in waits.waited.tolist()]
+        self._packed_counts.add_waits(call.name, seconds, waits.num_bytes.tolist())
 
     def _receive(self, name: str, receive: Callable[[int], None], number: int) -> None:
         self._calls.run(name, lambda: receive(number))

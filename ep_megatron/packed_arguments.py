@@ -24,6 +24,14 @@ def check_hook(name: str, async_finish: bool, return_recv_hook: bool) -> None:
         raise _error(name, "async_finish", "False with return_recv_hook", True)
 
 
+def check_logfmt(name: str, use_logfmt: bool, zero_copy: bool, device: str) -> None:
+    """Raise unless rows of a combine can be cast to LogFMT, where that is asked for."""
+    if use_logfmt and zero_copy:
+        raise _error(name, "use_logfmt", "False with zero_copy", True)
+    if use_logfmt and device != "cpu":
+        raise _error(name, "use_logfmt", f"False on a {_READABLE.get(device, device)}", True)
+
+
 def check_tensor(
     name: str,
     what: str,

@@ -1,5 +1,6 @@
 """Routings for low-latency calls, and what they must do, by loops over their definition."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ class PackedCase:
     hidden: int = 128
     style: str = "random"
     idx_dtype: torch.dtype = torch.int64
+    scale: float = 1.0  # of the tokens
 
     @property
     def num_ranks(self) -> int:
@@ -47,7 +49,8 @@ class PackedCase:
 
     def x(self, rank: int, step: int = 0) -> Tensor:
         rng = torch.Generator().manual_seed(5000 + 1000 * step + rank)
-        return torch.randn(self.num_tokens[rank], self.hidden, generator=rng).bfloat16()
+        x = torch.randn(self.num_tokens[rank], self.hidden, generator=rng)
+        return (x * self.scale).bfloat16()
 
     def weights(self, rank: int, step: int = 0) -> Tensor:
         rng = torch.Generator().manual_seed(9000 + 1000 * step + rank)
@@ -127,15 +130,22 @@ def expert_output(x: Tensor, expert: int) -> Tensor:
 
 
 def expected_combined(
-    case: PackedCase, rank: int, step: int = 0, masked: tuple[int, ...] = ()
+    case: PackedCase,
+    rank: int,
+    step: int = 0,
+    masked: tuple[int, ...] = (),
+    as_sent: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:
-    """Return the weighted sum in slot order, addend by addend, in float32."""
+    """Return the weighted sum in slot order, addend by addend, in float32.
+
+    `as_sent` makes float32 `[M, H]` of the experts' bfloat16 rows: what of them arrives.
+    """
     x, idx, weights = case.x(rank, step), case.topk_idx(rank, step), case.weights(rank, step)
     total = torch.zeros(x.shape)
     for token, experts in enumerate(idx.tolist()):
         for slot, expert in enumerate(experts):
             if expert < 0 or expert // case.experts_per_rank in masked:
                 continue
-            row = expert_output(x[token], expert).float()
+            row = as_sent(expert_output(x[token : token + 1], expert))[0]
             total[token] += row * weights[token, slot]
     return total.bfloat16()

@@ -278,8 +278,10 @@ def check_bad_input_of(rank: int, buffer: Buffer) -> None:
         buffer.low_latency_combine(rows, idx, weights.double() if is_wrong else weights, handle)
     with pytest.raises(ValueError, match="bfloat16"):
         buffer.low_latency_combine(rows[:, :1] if is_wrong else rows, idx, weights, handle)
-    with pytest.raises(NotImplementedError, match="LogFMT"):
-        buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True)
+    with pytest.raises(ValueError, match=r"use_logfmt .*(True on rank 1|on a GPU)"):
+        buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=is_wrong)
+    with pytest.raises(ValueError, match="use_logfmt to be False"):
+        buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True, zero_copy=is_wrong)
     other = idx.clone()
     if is_wrong:
         other[0, 0] = -1

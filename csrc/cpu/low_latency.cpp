@@ -11,17 +11,11 @@
 #include "cpu/peer_segments.h"
 #include "cpu/peers.h"
 
-// Lists beside the rows. Dispatch: int32 [E + 1], where each expert's tokens begin, then the tokens
-// (rows) of all experts. Combine: int64 [E/R, R, 2], the first row and the number of rows of each
-// local expert and source rank.
+// Lists beside the rows of a dispatch: int32 [E + 1], where each expert's tokens begin, then the
+// tokens (rows) of all experts.
 
 namespace ep {
 namespace {
-
-constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
-constexpr int64_t kBlocksPerThread = 4;
-constexpr int kMaxTopk = 128;
-constexpr uint32_t kDispatchCall = 0, kCombineCall = 1;
 
 size_t round_up(size_t count, size_t alignment) {
     return (count + alignment - 1) / alignment * alignment;
@@ -32,25 +26,11 @@ size_t bytes_of_row(const PackedSizes& sizes, const std::optional<Fp8Cast>& cast
     return cast ? hidden + cast->scale_bytes() : 2 * hidden;
 }
 
-struct Places {
-    int64_t begin, count;
-};
-
 SegmentHead head(int rank, int num_ranks) {
     return {kPackedMagic, static_cast<uint32_t>(rank), static_cast<uint32_t>(num_ranks)};
 }
 
 }  // namespace
-
-/// What a rank that is not masked has sent, within the bounds of its segment.
-struct LowLatency::Source {
-    int rank;
-    const char* rows;
-    size_t row_stride;
-    int64_t num_rows;
-    const char* lists;
-    int64_t num_listed;
-};
 
 LowLatency::LowLatency(
     std::string folder, std::string name, int rank, int num_ranks, Options options)
@@ -167,54 +147,6 @@ uint32_t LowLatency::send_dispatch(const std::vector<int64_t>& call,
     post.num_rows = static_cast<uint64_t>(topk.num_tokens);
     post.lists_offset = lists_[epoch % 2]->offset();
     post.num_listed = static_cast<uint64_t>(starts[num_experts]);
-    meeting_->send(epoch);
-    return epoch;
-}
-
-uint32_t LowLatency::send_combine(const std::vector<int64_t>& call,
-                                  const char* x,
-                                  const int64_t* layout_range,
-                                  const PackedTopk& topk,
-                                  const PackedSizes& sizes,
-                                  const std::shared_ptr<Block>& place) {
-    const std::lock_guard lock(mutex_);
-    const uint32_t epoch = begin(kCombineCall, call);
-    check_range(epoch, topk, sizes.num_experts);
-    const int64_t num_blocks = sizes.num_experts;  // E/R local experts x R sources
-    const int64_t capacity = sizes.max_tokens * num_ranks();
-    const size_t row_bytes = 2 * static_cast<size_t>(sizes.hidden);
-    auto* places = reinterpret_cast<Places*>(
-        stage(lists_[epoch % 2], epoch, sizeof(Places) * static_cast<size_t>(num_blocks)));
-    int64_t num_rows = 0;
-    for (int64_t block = 0; block < num_blocks; ++block) {
-        const int64_t begin = layout_range[block] >> 32, count = layout_range[block] & 0xffffffff;
-        if (begin < 0 || count > sizes.max_tokens || begin + count > capacity)
-            refuse(epoch, text("expected the handle's packed_recv_layout_range to be as dispatch "
-                               "wrote it, got rows ",
-                               begin, " to ", begin + count));
-        const int64_t first = block / num_ranks() * capacity + begin;
-        places[block] = {place == nullptr ? num_rows : first, count};
-        num_rows += count;
-    }
-    if (place != nullptr) {
-        rows_[epoch % 2] = place;
-        num_rows = num_blocks / num_ranks() * capacity;
-    } else {
-        char* rows = stage(rows_[epoch % 2], epoch, row_bytes * static_cast<size_t>(num_rows));
-        workers_.run(num_blocks, kBlocksPerThread, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t first = block / num_ranks() * capacity + (layout_range[block] >> 32);
-                std::memcpy(rows + static_cast<size_t>(places[block].begin) * row_bytes,
-                            x + static_cast<size_t>(first) * row_bytes,
-                            static_cast<size_t>(places[block].count) * row_bytes);
-            }
-        });
-    }
-    PackedPost& post = meeting_->own_post(epoch);
-    post.rows_offset = rows_[epoch % 2]->offset();
-    post.row_stride = row_bytes;
-    post.num_rows = static_cast<uint64_t>(num_rows);
-    post.lists_offset = lists_[epoch % 2]->offset();
     meeting_->send(epoch);
     return epoch;
 }
@@ -363,64 +295,6 @@ int LowLatency::take_rows(const std::vector<Source>& from,
         }
     });
     return wrong;
-}
-
-bool LowLatency::receive_combine(uint32_t epoch,
-                                 const PackedTopk& topk,
-                                 const float* weights,
-                                 const PackedSizes& sizes,
-                                 char* out,
-                                 int64_t* waited,
-                                 std::vector<int>& other_routing) {
-    const std::lock_guard lock(mutex_);
-    if (!meet(kCombineCall, epoch, waited)) return false;
-    const int64_t local = sizes.num_experts / num_ranks();
-    const auto num_experts = static_cast<size_t>(sizes.num_experts);
-    const size_t row_bytes = 2 * static_cast<size_t>(sizes.hidden);
-    std::vector<int64_t> within(static_cast<size_t>(topk.num_slots())), counts(num_experts, 0);
-    for (int64_t slot = 0; slot < topk.num_slots(); ++slot)
-        if (const int64_t expert = topk.at(slot); expert >= 0 && expert < sizes.num_experts)
-            within[static_cast<size_t>(slot)] = counts[static_cast<size_t>(expert)]++;
-    std::vector<Source> from;
-    do {
-        from = sources(epoch, row_bytes, sizeof(Places) * num_experts);
-        other_routing.clear();
-        std::vector<const char*> rows_of(num_experts, nullptr);
-        for (const Source& source : from) {
-            const auto* places = reinterpret_cast<const Places*>(source.lists);
-            bool is_same = true;
-            for (int64_t expert = 0; expert < local; ++expert) {
-                const Places place = places[expert * num_ranks() + rank_];
-                const auto global = static_cast<size_t>(source.rank * local + expert);
-                is_same &= place.count == counts[global] && place.begin >= 0 &&
-                           place.begin <= source.num_rows - place.count;
-                rows_of[global] = source.rows + static_cast<size_t>(place.begin) * row_bytes;
-            }
-            if (!is_same) other_routing.push_back(source.rank);
-        }
-        if (!other_routing.empty()) continue;
-        workers_.run(topk.num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
-            const void* addends[kMaxTopk];
-            float factors[kMaxTopk];
-            for (int64_t token = begin; token < end; ++token) {
-                int num_rows = 0;
-                for (int64_t slot = token * topk.num_topk; slot < (token + 1) * topk.num_topk;
-                     ++slot) {
-                    const int64_t expert = topk.at(slot);
-                    if (expert < 0 || expert >= sizes.num_experts) continue;
-                    const char* rows = rows_of[static_cast<size_t>(expert)];
-                    if (rows == nullptr) continue;  // of a masked rank
-                    const auto place = static_cast<size_t>(within[static_cast<size_t>(slot)]);
-                    addends[num_rows] = rows + place * row_bytes;
-                    factors[num_rows++] = weights[slot];
-                }
-                row_kernels().weighted_sum(out + static_cast<size_t>(token) * row_bytes, addends,
-                                           factors, num_rows, static_cast<size_t>(sizes.hidden));
-            }
-        });
-    } while (is_any_masked(from));
-    meeting_->finish(epoch);
-    return true;
 }
 
 bool LowLatency::receive_nothing(uint32_t operation, uint32_t epoch) {

@@ -36,6 +36,7 @@ struct PackedSizes {
     int64_t max_tokens;  // of a rank
     int64_t hidden;
     int64_t num_experts;
+    bool use_logfmt;  // rows of a combine
 };
 
 /// Where a dispatch puts rows: `[E/R, R * max_tokens, ...]`.
@@ -93,12 +94,14 @@ class LowLatency {
                           const std::optional<Fp8Cast>& cast,
                           const PackedOut& out);
     /// Also returns the ranks whose rows are not those that `topk` names; nothing was written then.
+    /// @param num_bytes  [R], the bytes of rows that were read from each rank are added.
     bool receive_combine(uint32_t epoch,
                          const PackedTopk& topk,
                          const float* weights,
                          const PackedSizes& sizes,
                          char* out,
                          int64_t* waited,
+                         int64_t* num_bytes,
                          std::vector<int>& other_routing);
     bool receive_nothing(uint32_t operation, uint32_t epoch);
     /// What each rank that is not masked said of the call that was received last.
@@ -116,7 +119,20 @@ class LowLatency {
     size_t committed() const { return arena_->committed(); }
 
  private:
-    struct Source;
+    /// What a rank that is not masked has sent, within the bounds of its segment.
+    struct Source {
+        int rank;
+        const char* rows;
+        size_t row_stride;
+        int64_t num_rows;
+        const char* lists;
+        int64_t num_listed;
+    };
+
+    static constexpr int64_t kTokensPerThread = 32;  // fewer are not worth a second thread
+    static constexpr int64_t kBlocksPerThread = 4;
+    static constexpr uint32_t kDispatchCall = 0, kCombineCall = 1;
+
     uint32_t begin(uint32_t operation, const std::vector<int64_t>& call);
     char* stage(std::shared_ptr<Block>& block, uint32_t epoch, size_t num_bytes);
     [[noreturn]] void refuse(uint32_t epoch, const std::string& error);

@@ -35,7 +35,7 @@ struct alignas(64) PackedPost {
     uint64_t rows_offset;     // of row 0, from the segment's start
     uint64_t row_stride;      // bytes
     uint64_t num_rows;
-    uint64_t lists_offset;  // what says whose rows they are; see low_latency.cpp
+    uint64_t lists_offset;  // what says whose rows they are; see low_latency*.cpp
     uint64_t num_listed;
 };
 

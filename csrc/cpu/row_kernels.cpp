@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/fp8_lanes.h"
+#include "cpu/logfmt_lanes.h"
 #include "cpu/row_lanes.h"
 #include "cpu/rows.h"
 
@@ -237,6 +238,40 @@ void dequantize(DType dtype,
     cast(format, out, data, scales, scale_stride, hidden);
 }
 
+size_t encode_logfmt(void* extremes, void* data, const void* row, size_t hidden) {
+    char* out = static_cast<char*>(data);
+    for (size_t block = 0; block < hidden / kLogBlock; ++block) {
+        const char* columns = static_cast<const char*>(row) + block * kPlainBytes;
+        const LogExtremes both = extremes_of(columns);
+        both.write(static_cast<char*>(extremes) + block * kLogExtremeBytes);
+        out += encode_block(out, columns, both);
+    }
+    return static_cast<size_t>(out - static_cast<char*>(data));
+}
+
+void decode_logfmt(float* out, LogCursor& row, size_t hidden) {
+    for (size_t column = 0; column < hidden; column += kLogBlock) {
+        const LogBlock block(row);
+        for (size_t i = 0; i < kLogBlock; i += kFloats)
+            store<false>(reinterpret_cast<char*>(out + column + i), block.at(i));
+    }
+}
+
+void weighted_sum_logfmt(
+    void* out, LogCursor* rows, const float* weights, int num_rows, size_t hidden) {
+    for (size_t column = 0; column < hidden; column += kLogBlock) {
+        constexpr size_t kCount = kLogBlock / kFloats;
+        Floats total[kCount] = {};
+        for (int row = 0; row < num_rows; ++row) {
+            const LogBlock block(rows[row]);
+            for (size_t i = 0; i < kCount; ++i) total[i] += block.at(i * kFloats) * weights[row];
+        }
+        char* sums = static_cast<char*>(out) + 2 * column;
+        for (size_t i = 0; i < kCount; ++i)
+            BFloat16::write_floats<kVectorBytes>(sums + 2 * i * kFloats, total[i]);
+    }
+}
+
 }  // namespace
 
 #define EP_JOIN_(a, b) a##b
@@ -246,6 +281,7 @@ void dequantize(DType dtype,
 
 extern const RowKernels EP_JOIN(row_kernels_, EP_ISA);
 constinit const RowKernels EP_JOIN(row_kernels_, EP_ISA) = {
-    EP_QUOTE(EP_ISA), copy, copy_streaming, reduce, weighted_sum, quantize, dequantize};
+    EP_QUOTE(EP_ISA), copy,       copy_streaming, reduce,        weighted_sum,
+    quantize,         dequantize, encode_logfmt,  decode_logfmt, weighted_sum_logfmt};
 
 }  // namespace ep

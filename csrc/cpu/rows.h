@@ -28,6 +28,24 @@ struct Fp8Format {
     }
 };
 
+/// Where a LogFMT row is read next: its extremes and its data, see logfmt.py.
+struct LogCursor {
+    const char* extremes;
+    const char* data;
+};
+
+constexpr size_t kLogBlock = 128;       // columns
+constexpr size_t kLogExtremeBytes = 4;  // of a block
+
+constexpr size_t logfmt_extreme_bytes(size_t hidden) {
+    return hidden / kLogBlock * kLogExtremeBytes;
+}
+
+/// The most bytes of a row of `hidden` columns with its extremes: that of one that is not coded.
+constexpr size_t max_logfmt_bytes(size_t hidden) {
+    return logfmt_extreme_bytes(hidden) + 2 * hidden;
+}
+
 /// One build of the kernels. Sizes are multiples of 16 bytes; rows are read at any alignment, and
 /// `out` should be aligned to 16 bytes (to 64 for full speed), else streaming stores become plain.
 /// Nothing is checked here: that is the caller's job, once per call and not once per row.
@@ -96,6 +114,18 @@ struct RowKernels {
                        const void* scales,
                        size_t scale_stride,
                        size_t hidden);
+
+    /// Cast one bfloat16 row to LogFMT; logfmt.encode in logfmt.py defines every bit.
+    /// @param extremes  4 bytes for every 128 columns.
+    /// @param data      at most 256 bytes for every 128 columns; how many is returned.
+    size_t (*encode_logfmt)(void* extremes, void* data, const void* row, size_t hidden);
+
+    /// Write the numbers of a LogFMT row as float32 [hidden], and advance `row` behind it.
+    void (*decode_logfmt)(float* out, LogCursor& row, size_t hidden);
+
+    /// As weighted_sum, of LogFMT rows, which are advanced.
+    void (*weighted_sum_logfmt)(
+        void* out, LogCursor* rows, const float* weights, int num_rows, size_t hidden);
 };
 
 /// The fastest build that this CPU runs; chosen on the first call.

@@ -27,6 +27,7 @@ class LowLatencyCall(NamedTuple):
     hidden: int
     num_experts: int
     fp8: int = 0
+    use_logfmt: int = 0
 
     @property
     def name(self) -> str:
@@ -103,6 +104,34 @@ class Packed:
         )
 
 
+@dataclass(frozen=True)
+class Waits:
+    """What a receiving half adds to, by rank.
+
+    Attributes:
+        waited: `[R]` int64, nanoseconds spent waiting for each rank.
+        num_bytes: `[R]` int64, of rows that were read from it; where they are on a CPU.
+    """
+
+    waited: Tensor
+    num_bytes: Tensor
+
+    @staticmethod
+    def of_dispatch(call: LowLatencyCall, packed: Packed, topk_idx: Tensor) -> "Waits":
+        """Return those of a dispatch, with the bytes that it has *sent* to each rank."""
+        width = 2 * call.hidden
+        if call.recipe is not None:
+            width = call.hidden + 4 * call.recipe.num_scales(call.hidden)
+        num_ranks = len(packed.waited)
+        used = topk_idx[topk_idx >= 0].to(torch.int64) // (call.num_experts // num_ranks)
+        return Waits(packed.waited, width * torch.bincount(used, minlength=num_ranks))
+
+    @staticmethod
+    def zeros(num_ranks: int) -> "Waits":
+        """Return what nothing was added to."""
+        return Waits(*torch.zeros(2, num_ranks, dtype=torch.int64))
+
+
 class LowLatencyBackend(Protocol):
     """How packed rows travel. Calls come one at a time; each has a sending and a receiving half.
 
@@ -139,9 +168,9 @@ class LowLatencyBackend(Protocol):
         topk_idx: Tensor,
         topk_weights: Tensor,
         out: Tensor,
-        waited: Tensor,
+        waits: "Waits",
     ) -> None:
-        """Sum the weighted rows of each token into `out [T, H]`; adds to `waited [R]`."""
+        """Sum the weighted rows of each token into `out [T, H]`."""
 
     def clean(self, call: LowLatencyCall) -> None:
         """Meet all ranks that are not masked. Collective."""
@@ -199,6 +228,8 @@ def check_low_latency_agreement(name: str, reports: dict[int, PeerReport], num_r
 def _readable(field: str, value: int) -> str:
     if field == "operation":
         return LOW_LATENCY_OPERATIONS[value]
+    if field == "use_logfmt":
+        return str(bool(value))
     if field == "fp8":
         return str(Fp8Recipe.of_code(value)) if value else "none"
     return str(value)

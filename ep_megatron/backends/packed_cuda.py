@@ -24,6 +24,7 @@ from ep_megatron.backends.packed import (
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
+    Waits,
     too_many_pending,
 )
 from ep_megatron.backends.packed_report import raise_disagreement
@@ -153,7 +154,7 @@ class PackedCuda:
         topk_idx: Tensor,
         topk_weights: Tensor,
         out: Tensor,
-        waited: Tensor,
+        waits: Waits,
     ) -> None:
         """See `LowLatencyBackend.receive_combine`."""
         weights, slots = self._device.input(topk_weights), self._device.input(topk_idx)
@@ -161,7 +162,7 @@ class PackedCuda:
         summed = self._device.output(out.dtype, out.shape, aligned)
         args = self._args(number, call, slots)
         args.weights, args.out = weights.address, summed.address
-        self._receive(number, call, args, _cuda.PackedStep.sum, waited)
+        self._receive(number, call, args, _cuda.PackedStep.sum, waits.waited)
         self._device.tensor(summed)
         if aligned is not out:
             out.copy_(aligned)

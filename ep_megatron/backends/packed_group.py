@@ -26,10 +26,12 @@ from ep_megatron.backends.packed import (
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
+    Waits,
     check_low_latency_agreement,
     other_routing,
     too_many_pending,
 )
+from ep_megatron.backends.packed_message import as_bytes, as_ints, combine_message, combine_rows
 from ep_megatron.layout import index_within
 from ep_megatron.packed_arguments import check_counts
 
@@ -85,7 +87,7 @@ class PackedGroup:
         rows, recipe = x, call.recipe
         if recipe is not None:
             data, scales = casts.quantize(x, recipe)
-            rows = torch.cat([_bytes(data), _bytes(scales.contiguous())], 1)
+            rows = torch.cat([as_bytes(data), as_bytes(scales.contiguous())], 1)
         flat = topk_idx.reshape(-1).to(torch.int64)
         slots = torch.argsort(torch.where(flat < 0, call.num_experts, flat), stable=True)
         slots = slots[: int((flat >= 0).sum())]
@@ -97,7 +99,9 @@ class PackedGroup:
             begin = ends[rank * local - 1] if rank else 0
             mine = tokens[begin : ends[(rank + 1) * local - 1]]
             own_counts = counts[rank * local : (rank + 1) * local]
-            messages.append([own_counts.to(torch.int32), mine.to(torch.int32), _bytes(rows[mine])])
+            messages.append(
+                [own_counts.to(torch.int32), mine.to(torch.int32), as_bytes(rows[mine])]
+            )
         return self._send(call, messages)
 
     def receive_dispatch(self, number: int, call: LowLatencyCall, packed: Packed) -> None:
@@ -109,9 +113,9 @@ class PackedGroup:
         num_scales = 0 if packed.scales is None else packed.scales.shape[2]
         used = [0] * local
         for source, message in sorted(messages.items()):
-            counts = _ints(message[: 4 * local]).tolist()
+            counts = as_ints(message[: 4 * local]).tolist()
             num_rows = sum(counts)
-            tokens = _ints(message[4 * local : 4 * (local + num_rows)])
+            tokens = as_ints(message[4 * local : 4 * (local + num_rows)])
             rows = message[4 * (local + num_rows) :].view(num_rows, width + 4 * num_scales)
             at = 0
             for expert, count in enumerate(counts):
@@ -121,7 +125,7 @@ class PackedGroup:
                 packed.src_info[expert, begin:end] = tokens[mine]
                 packed.layout_range[expert, source] = begin << 32 | count
                 data = rows[mine, :width].contiguous()
-                _bytes(packed.x[expert, begin:end]).copy_(data)
+                as_bytes(packed.x[expert, begin:end]).copy_(data)
                 if packed.scales is not None:
                     words = rows[mine, width:].contiguous().view(packed.scales.dtype)
                     packed.scales[expert, begin:end] = words
@@ -139,8 +143,7 @@ class PackedGroup:
         for rank in range(self.num_ranks):
             places = zip(begins[:, rank].tolist(), counts[:, rank].tolist(), strict=True)
             parts = [x[expert, b : b + n] for expert, (b, n) in enumerate(places)]
-            own_counts = torch.empty(len(counts), dtype=torch.int32).copy_(counts[:, rank])
-            messages.append([own_counts, _bytes(torch.cat(parts))])
+            messages.append(combine_message(call, counts[:, rank], torch.cat(parts)))
         return self._send(call, messages)
 
     def receive_combine(
@@ -150,27 +153,27 @@ class PackedGroup:
         topk_idx: Tensor,
         topk_weights: Tensor,
         out: Tensor,
-        waited: Tensor,
+        waits: Waits,
     ) -> None:
         """See `LowLatencyBackend.receive_combine`."""
-        messages = self._receive(number, call, waited)
+        messages = self._receive(number, call, waits.waited)
         local = call.num_experts // self.num_ranks
         flat = topk_idx.reshape(-1).to(torch.int64)
         expected = torch.bincount(flat[flat >= 0], minlength=call.num_experts).view(-1, local)
         rows, starts, other = [], torch.zeros(call.num_experts, dtype=torch.int64), []
         num_rows, is_there = 0, torch.zeros(self.num_ranks, dtype=torch.bool)
         for rank, message in sorted(messages.items()):
-            counts = _ints(message[: 4 * local]).to(torch.int64)
+            counts, those = combine_rows(call, local, message)
             if not torch.equal(counts, expected[rank]):
                 other.append(rank)
                 continue
             starts[rank * local : (rank + 1) * local] = num_rows + counts.cumsum(0) - counts
-            rows.append(message[4 * local :].view(-1, 2 * call.hidden))
-            num_rows, is_there[rank] = num_rows + len(rows[-1]), True
+            rows.append(those)
+            num_rows, is_there[rank] = num_rows + len(those), True
+            waits.num_bytes[rank] += len(message) - 4 * local
         if other:
             raise other_routing(call.name, other)
-        x = torch.cat([*rows, torch.empty(0, 2 * call.hidden, dtype=torch.uint8)])
-        x = x.view(torch.bfloat16)
+        x = torch.cat(rows) if rows else torch.empty(0, call.hidden)
         within = index_within(flat, call.num_experts)
         place = (starts[flat.clamp(min=0)] + within).view(topk_idx.shape)
         is_used = (topk_idx >= 0) & is_there[topk_idx.clamp(min=0).to(torch.int64) // local]
@@ -280,7 +283,7 @@ class PackedGroup:
         own, lost = (torch.empty(0), torch.empty(0)), {}
         for step in range(self.num_ranks):
             peer = (self.rank + step) % self.num_ranks
-            body = torch.cat([_bytes(part).flatten() for part in messages[peer]] or [_NOTHING])
+            body = torch.cat([as_bytes(part).flatten() for part in messages[peer]] or [_NOTHING])
             fields = [*(call or (0,) * NUM_FIELDS), body.numel()]
             numbers = torch.tensor(fields, dtype=torch.int64).view(torch.uint8)
             header = torch.cat([numbers, torch.frombuffer(bytearray(text), dtype=torch.uint8)])
@@ -388,12 +391,3 @@ class PackedGroup:
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return the same memory as bytes; `[..., n]` keeps its leading dimensions."""
-    return tensor.view(torch.uint8)
-
-
-def _ints(data: Tensor) -> Tensor:
-    return data.clone().view(torch.int32)

@@ -21,6 +21,7 @@ from ep_megatron.backends.packed import (
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
+    Waits,
     check_low_latency_agreement,
     other_routing,
 )
@@ -109,7 +110,7 @@ class PackedShared:
         topk_idx: Tensor,
         topk_weights: Tensor,
         out: Tensor,
-        waited: Tensor,
+        waits: Waits,
     ) -> None:
         """See `LowLatencyBackend.receive_combine`."""
         self._check_open(call.name)
@@ -119,7 +120,8 @@ class PackedShared:
             _topk(topk_idx),
             topk_weights.data_ptr(),
             out.data_ptr(),
-            waited.data_ptr(),
+            waits.waited.data_ptr(),
+            waits.num_bytes.data_ptr(),
         )
         if not is_agreed:
             self._raise_disagreement(call.name)

@@ -33,10 +33,15 @@ _MAKERS: dict[str, Maker] = {
     },
     "dispatcher": megatron_layer.layer("deepep"),
     "process_group": own.exchange("process_group", expand=False),
-    "low_latency": own.packed_exchange("shared_memory", use_fp8=False),
+    "low_latency": own.packed_exchange("shared_memory"),
     "low_latency_fp8": own.packed_exchange("shared_memory", use_fp8=True),
-    "low_latency_process_group": own.packed_exchange("process_group", use_fp8=False),
+    "low_latency_logfmt": own.packed_exchange("shared_memory", use_logfmt=True),
+    "low_latency_process_group": own.packed_exchange("process_group"),
     "hierarchical": own.exchange("hierarchical", expand=False),
+    **{
+        f"hierarchical_{name}": own.exchange("hierarchical", expand=False, fp8=recipe)
+        for name, recipe in FP8_RECIPES.items()
+    },
     "gloo": peers.gloo,
     "mpi": peers.mpi,
     "megatron_alltoall": megatron_layer.layer("alltoall"),
@@ -45,10 +50,11 @@ _MAKERS: dict[str, Maker] = {
     "limit_streaming": lambda case, rank: peers.copies(case, rank, is_streaming=True),
 }
 LIMIT = "limit"  # the faster of the two kinds of copy
-# What can run on two hosts; the first is for nothing else.
-LINK_IMPLEMENTATIONS = ("hierarchical", "process_group", "gloo", "mpi")
+# What can run on two hosts; the first three are for nothing else.
+HIERARCHICAL = ("hierarchical", "hierarchical_fp8", "hierarchical_mxfp8")
+LINK_IMPLEMENTATIONS = (*HIERARCHICAL, "process_group", "gloo", "mpi")
 IMPLEMENTATIONS = (
-    *(name for name in _MAKERS if not name.startswith(LIMIT) and name != "hierarchical"),
+    *(name for name in _MAKERS if not name.startswith(LIMIT) and name not in HIERARCHICAL),
     LIMIT,
 )
 # Forward only, for few tokens: memory is experts times tokens. Not measured unless asked for.

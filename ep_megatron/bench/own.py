@@ -64,10 +64,11 @@ def exchange(backend: str, expand: bool, fp8: Fp8Recipe | None = None) -> Maker:
     return make
 
 
-def packed_exchange(backend: str, use_fp8: bool) -> Maker:
+def packed_exchange(backend: str, use_fp8: bool = False, use_logfmt: bool = False) -> Maker:
     """Return a maker of steps: a low-latency dispatch, then a combine of bfloat16 rows; forward.
 
-    With FP8 experts would make bfloat16 rows of what arrives; other rows stand for them.
+    With FP8 experts would make bfloat16 rows of what arrives, and for LogFMT rows are to be below
+    one; other rows stand for them.
     """
 
     def make(case: Case, rank: int) -> dict[str, Step]:
@@ -75,7 +76,9 @@ def packed_exchange(backend: str, use_fp8: bool) -> Maker:
         x, topk_idx = case.x(rank), case.topk_idx(rank)
         topk_weights = case.topk_weights(rank)
         local, rows = case.num_experts // case.num_ranks, case.num_ranks * case.num_tokens
-        made = torch.zeros(local, rows, case.hidden, dtype=x.dtype) if use_fp8 else None
+        made = None
+        if use_fp8 or use_logfmt:
+            made = torch.zeros(local, rows, case.hidden, dtype=x.dtype)
 
         def forward() -> Tensor:
             recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
@@ -83,7 +86,9 @@ def packed_exchange(backend: str, use_fp8: bool) -> Maker:
             )
             y = recv_x if made is None else made
             assert isinstance(y, Tensor)
-            return buffer.low_latency_combine(y, topk_idx, topk_weights, handle)[0]
+            return buffer.low_latency_combine(
+                y, topk_idx, topk_weights, handle, use_logfmt=use_logfmt
+            )[0]
 
         return {"forward": forward}
 
