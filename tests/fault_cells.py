@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ep_megatron import Buffer, BufferConfig
+from ep_megatron import Buffer, BufferConfig, layout
 from ep_megatron.backends.base import OPERATIONS, Call, Rows
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
 from tests.packed_cases import PackedCase
@@ -31,7 +31,10 @@ VICTIM = 1
 CASE = Case("fault cells", (40, 30, 20), hidden=64)
 PACKED = PackedCase((6, 7, 8))
 # In the order of a step; the numbers are those of their calls.
-CALLS = {"dispatch": 2, "cached dispatch": 3, "combine": 4, "queued combine": 5}
+# A layout is local: its rank is missed in the dispatch that follows.
+CALLS = {
+    "layout": 2, "dispatch": 2, "cached dispatch": 3, "combine": 4, "queued combine": 5,
+}  # fmt: skip
 PACKED_CALLS = {"low_latency_dispatch": 1, "low_latency_combine": 2}
 LATE_SECONDS = 0.6  # rank 2 behind the others, where rank 1 is struck while it waits
 STRIKE_AFTER = 0.2
@@ -39,7 +42,7 @@ STRIKE_AFTER = 0.2
 
 @dataclass(frozen=True)
 class Moment:
-    """When rank 1 is struck: "before", "waiting in", "inside" or "after sending" one call."""
+    """When rank 1 is struck: before, waiting in, inside, after or "after sending" one call."""
 
     when: str
     call: str
@@ -78,6 +81,9 @@ def _strike_later(fault: str) -> None:
 def _strike_inside(buffer: Buffer, moment: Moment, fault: str, handle: Any) -> None:
     """Let the next call of `buffer` strike once the ranks have agreed, before its rows move."""
     backend: Any = buffer._backend
+    if moment.call == "layout":
+        _strike_first(layout, "count_tokens", fault)
+        return
     if isinstance(backend, SharedMemoryBackend):
         if moment.call == "dispatch":
             dispatch = backend.dispatch
@@ -94,6 +100,10 @@ def _strike_inside(buffer: Buffer, moment: Moment, fault: str, handle: Any) -> N
     elif buffer.backend == "hierarchical":
         is_combine = moment.call == "combine"
         owner, name = (backend._inside, "combine") if is_combine else (backend, "_cross")
+    _strike_first(owner, name, fault)
+
+
+def _strike_first(owner: Any, name: str, fault: str) -> None:
     whole = getattr(owner, name)
 
     def struck(*arguments: Any, **named: Any) -> Any:
@@ -138,6 +148,9 @@ def take_step(rank: int, buffer: Buffer, cell: Cell | None) -> None:
         _packed_step(rank, buffer, at)
         return
     send(buffer, CASE, rank, True, torch.float32)
+    at("before", "layout")
+    buffer.get_dispatch_layout(CASE.topk_idx(rank), CASE.num_experts)
+    at("after", "layout")
     at("before", "dispatch")
     recv_x, _, _, handle = send(buffer, CASE, rank, True, torch.float32)
     at("before", "cached dispatch")
@@ -201,6 +214,9 @@ def endure(rank: int, store: str, cell: Cell) -> tuple[str, str, float]:
     try:
         take_step(rank, buffer, cell)
         outcome = ("returned", "", time.monotonic() - start)
+    except RuntimeError as error:  # or one of its kinds
+        outcome = ("RuntimeError", str(error), time.monotonic() - start)
+        del error
     except Exception as error:
         outcome = (type(error).__name__, str(error), time.monotonic() - start)
         del error
