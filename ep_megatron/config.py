@@ -40,9 +40,9 @@ class BufferConfig:
         statistics_dir: folder to which each rank writes its statistics, at most once a second, for
             `ep-megatron doctor --live`; None takes the environment variable
             `EP_MEGATRON_STATISTICS_DIR`, and without it writes nothing.
-        check_rows: debugging: after every dispatch of rows that are not cast on their way, hashes
-            of the rows follow them, and a RuntimeError names the first row that came changed; None
-            takes the environment variable `EP_MEGATRON_CHECK_ROWS` (1 for True).
+        check_rows: debugging: hashes of rows follow them, and a RuntimeError names the first row
+            that came changed (docs/operations.md has what is checked at which cost); None takes
+            the environment variable `EP_MEGATRON_CHECK_ROWS` (1 for True). On CPUs.
     """
 
     backend: str = "auto"

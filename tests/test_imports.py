@@ -21,6 +21,7 @@ FLOORS = [
         "statistics",
         "backends.device",
         "backends.network",
+        "backends.row_hashes",
         "backends.waiter",
     },
     {
@@ -45,6 +46,8 @@ FLOORS = [
     },
     {
         "backends.arrival",
+        "backends.checked_packed",
+        "backends.checked_sums",
         "backends.device_arena",
         "backends.crossing",
         "backends.packed_message",

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from ep_megatron.backends import checked
 from ep_megatron.backends.base import Backend
 from ep_megatron.backends.checked import CheckedBackend
+from ep_megatron.backends.checked_packed import CheckedPacked
+from ep_megatron.backends.checked_sums import SumOrder
 from ep_megatron.backends.meeting import Meeting, has_gloo
 from ep_megatron.backends.packed import LowLatencyBackend
 from ep_megatron.backends.packed_group import PackedGroup
@@ -54,6 +56,7 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
             "ranks are checked"
         )
     made: Backend
+    order = SumOrder.by_rank(meeting.num_ranks)
     # Only here: a machine without the compiled extension still has the process group.
     if backend == "shared_memory":
         from ep_megatron.backends.shared_memory import SharedMemoryBackend
@@ -63,13 +66,14 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
         from ep_megatron.backends.hierarchical import HierarchicalBackend
 
         made = HierarchicalBackend(meeting, config, hosts)
+        order = SumOrder(made.hosts.members, is_rounded=not config.float32_between_hosts)
     elif backend == "cuda":
         made = _cuda_backend(meeting, config)
     else:
         made = ProcessGroupBackend(group, config.timeout)
     if made.rank == 0:
         logger.info("Buffer: %d ranks, backend %s (%s)", made.num_ranks, backend, reason)
-    return CheckedBackend(made) if checked.is_asked_for(config) else made
+    return CheckedBackend(made, order) if checked.is_asked_for(config) else made
 
 
 def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:
@@ -125,15 +129,25 @@ def choose_low_latency(
         made = PackedCuda(meeting, backend.device, config, num_bytes, enable_shrink=enable_shrink)
         how = "NVLink"
     elif backend.name == "shared_memory":
-        from ep_megatron.backends.packed_shared import PackedShared
-
-        made = PackedShared(Meeting(group, config.timeout), config, enable_shrink)
+        made = _packed_shared(group, config, enable_shrink)
         how = "shared memory"
+        if checked.is_asked_for(config):
+            made = CheckedPacked(made, _packed_shared(group, config, enable_shrink))
     else:
         made = PackedGroup(group, config.timeout, enable_shrink)
+        if checked.is_asked_for(config):
+            made = CheckedPacked(made, PackedGroup(group, config.timeout, enable_shrink))
     if backend.rank == 0:
         logger.info("Buffer: low-latency calls over %s", how)
     return made
+
+
+def _packed_shared(
+    group: dist.ProcessGroup, config: BufferConfig, enable_shrink: bool
+) -> LowLatencyBackend:
+    from ep_megatron.backends.packed_shared import PackedShared
+
+    return PackedShared(Meeting(group, config.timeout), config, enable_shrink)
 
 
 def _best(group: dist.ProcessGroup, hosts: Sequence[str]) -> tuple[str, str]:
