@@ -33,6 +33,8 @@ def _start(rank: int, backend: str, store: str, pipe: Connection, role: Callable
     try:
         result = role(rank, buffer)
         pipe.send(("returned", result, time.monotonic() - start))
+    except RuntimeError as error:  # or one of its kinds
+        pipe.send(("RuntimeError", str(error), time.monotonic() - start))
     except BaseException as error:
         pipe.send((type(error).__name__, str(error), time.monotonic() - start))
     pipe.recv()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # sanitize.sh KIND TEST...: build _cpu with -fsanitize=KIND in a copy of the tree, and run tests/TEST.py there.
+# A rank that finds something ends, so its test fails; what it found is printed last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=$1
@@ -15,9 +16,17 @@ EP_SANITIZE=$kind "$python" setup.py -q build_ext --inplace
 library=lib${kind%%,*}.so
 case $kind in address*) library=libasan.so ;; thread*) library=libtsan.so ;; esac
 # Python leaks by design, and is not instrumented itself.
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1
-export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
+reports=$PWD/report
+rm -f "$reports".*
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$reports
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$reports
+export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:log_path=$reports
 export EP_SANITIZED=$kind PYTHONPATH=$PWD
 # Else the sanitizer does not find what C++ throws with.
-LD_PRELOAD="$(gcc -print-file-name=$library) $(gcc -print-file-name=libstdc++.so)" "$python" -m pytest -q -p no:cacheprovider $(printf "tests/%s.py " "$@")
+preload="$(gcc -print-file-name=$library) $(gcc -print-file-name=libstdc++.so)"
+LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider $(printf "tests/%s.py " "$@") || failed=1
+if compgen -G "$reports.*" > /dev/null; then
+  cat "$reports".*
+  failed=1
+fi
+exit ${failed:-0}

@@ -1,11 +1,12 @@
 """Faults around a Buffer: no memory, no space, Ctrl-C, a group destroyed first, an early end."""
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from ep_megatron import Buffer, BufferConfig
 from ep_megatron.backends.base import Rows
+from ep_megatron.backends.hierarchical import HierarchicalBackend
+from ep_megatron.backends.host_plan import HostPlan
 from ep_megatron.config import MIB
 from tests.mortal_ranks import CASE, Ranks
 from tests.ranks import run_on_ranks
@@ -85,23 +88,75 @@ def test_a_buffer_that_finds_no_space_leaves_nothing(small_disk: Path) -> None:
 def run_out_of_memory(rank: int, buffer: Buffer) -> None:
     """Rank 1 finds no memory for the rows that it would receive; it lives on and says nothing."""
     if rank == 1:
-
-        def no_memory(*_: Any) -> Any:
-            raise MemoryError("no memory for the rows")
-
-        Rows.new_arrived = no_memory  # type: ignore
-        try:
-            send(buffer, CASE, rank, True, torch.float32)
-        finally:
-            time.sleep(4)
-    send(buffer, CASE, rank, True, torch.float32)
+        Rows.new_arrived = _no_memory  # type: ignore
+    _live_on(rank, lambda: send(buffer, CASE, rank, True, torch.float32))
 
 
-def test_a_rank_without_memory_ends_the_call_of_the_others_at_once() -> None:
-    with Ranks("process_group", run_out_of_memory) as ranks:
+def _no_memory(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")  # torch's own word for it
+
+
+def _live_on(rank: int, call: Callable[[], object]) -> None:
+    try:
+        call()
+    finally:
+        time.sleep(4 if rank == 1 else 0)
+
+
+def run_out_before_the_first_hop(rank: int, buffer: Buffer) -> None:
+    """Rank 1, a gateway, has agreed on a dispatch, and sends no row to the other host."""
+    if rank == 1:
+        HostPlan.inner_idx = _no_memory  # type: ignore
+    _live_on(rank, lambda: send(buffer, CASE, rank, True, torch.float32))
+
+
+def run_out_between_the_hops(rank: int, buffer: Buffer) -> None:
+    """Rows have changed hosts, and rank 1 takes no part in spreading them."""
+    if rank == 1:
+        HostPlan.settle = _no_memory  # type: ignore
+    _live_on(rank, lambda: send(buffer, CASE, rank, True, torch.float32))
+
+
+def run_out_inside_the_host(rank: int, buffer: Buffer) -> None:
+    """A combine: rank 1 has no place for its host's sums, which rank 2 would help to make."""
+    recv_x, _, _, handle = send(buffer, CASE, rank, True, torch.float32)
+    if rank == 1:
+        assert isinstance(buffer._backend, HierarchicalBackend)
+        buffer._backend._inside.combine = _no_memory  # type: ignore
+    _live_on(rank, lambda: buffer.combine(recv_x, handle))
+
+
+def run_out_behind_the_sums(rank: int, buffer: Buffer) -> None:
+    """A combine: rank 1 has its host's sums, and returns none."""
+    recv_x, _, _, handle = send(buffer, CASE, rank, True, torch.float32)
+    if rank == 1:
+        assert isinstance(buffer._backend, HierarchicalBackend)
+        buffer._backend._wire.status = _no_memory  # type: ignore
+    _live_on(rank, lambda: buffer.combine(recv_x, handle))
+
+
+@pytest.mark.parametrize(
+    ("backend", "role", "waiting"),
+    [
+        ("process_group", run_out_of_memory, (0, 2)),
+        ("hierarchical", run_out_before_the_first_hop, (0, 2)),
+        ("hierarchical", run_out_between_the_hops, (2,)),
+        ("hierarchical", run_out_inside_the_host, (0, 2)),
+        ("hierarchical", run_out_behind_the_sums, (0,)),
+    ],
+)
+def test_a_rank_without_memory_ends_the_call_of_the_others_at_once(
+    backend: str, role: Any, waiting: tuple[int, ...]
+) -> None:
+    with Ranks(backend, role) as ranks:
         ranks.go()
-        ranks.others_name(1, within=2.5, says="by peer")
-        assert ranks.answer(1)[0] == "MemoryError"
+        for rank in waiting:  # the other has all that it needs already
+            kind, message, seconds = ranks.answer(rank)
+            assert kind == "RuntimeError", message
+            assert re.search(r"rank [0-9, ]*\b1\b", message), message
+            assert seconds < 2.5
+        kind, message, _ = ranks.answer(1)
+        assert (kind, "allocate memory" in message) == ("RuntimeError", True)
 
 
 @pytest.mark.parametrize("role", [be_interrupted, be_interrupted_with_work_queued])

@@ -176,6 +176,13 @@ _DESCRIPTIONS = {
 }
 
 
+class NoRoomError(RuntimeError):
+    """Memory for rows does not suffice on some rank: raised on all, and the next call goes on.
+
+    What a rank alone runs out of is another error, and ends the group.
+    """
+
+
 @dataclass(frozen=True)
 class PeerReport:
     """One rank's word on a call: what it does, or why it cannot."""

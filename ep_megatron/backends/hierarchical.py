@@ -9,18 +9,17 @@ and the token's rank adds the hosts' sums.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ep_megatron import _cpu
-from ep_megatron.arguments import SUM_DTYPES, check_topk_range
+from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.arrival import arrival_along
-from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.base import Announce, Call, NoRoomError, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
-from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, sum_weights
+from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, add_parts, sum_weights
 from ep_megatron.backends.meeting import (
     Gathering,
     PartOfMeeting,
@@ -29,7 +28,7 @@ from ep_megatron.backends.meeting import (
     renumbered,
 )
 from ep_megatron.backends.shared_memory import SharedMemoryBackend
-from ep_megatron.backends.wire import Message, Status, Transfer, Wire
+from ep_megatron.backends.wire import LateError, Message, Status, Transfer, Wire
 from ep_megatron.config import BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle, HostHop
 from ep_megatron.hosts import Hosts
@@ -74,19 +73,19 @@ class HierarchicalBackend:
         plan = HostPlan(self.hosts, self.rank, routing)
         everyone = self._agree(operation, Call.of(operation, rows, routing), plan.counts())
         assert everyone is not None
-        handle = plan.handle(self._num_calls, everyone)
-        hop = plan.hop(handle, everyone)
-        handle = replace(handle, hop=hop)
-        place = None
-        if announce is not None:
-            place = self._place(rows, hop, with_idx=True)
-            announce(place.rows, handle)
-        inner_rows, forwarded_idx = self._cross(
-            operation, cast_rows(rows), plan.tokens_per_host, hop.num_forwarded, plan
-        )
-        forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
-        plan.settle(hop, everyone, forwarded_idx)
-        received = self._spread(operation, rows, inner_rows, hop, place, with_idx=True)
+        with self._taking_part():
+            handle = plan.handle(self._num_calls, everyone)
+            hop, place = plan.hop(handle, everyone), None
+            handle = replace(handle, hop=hop)
+            if announce is not None:
+                place = self._place(rows, hop, with_idx=True)
+                announce(place.rows, handle)
+            inner_rows, forwarded_idx = self._cross(
+                operation, cast_rows(rows), plan.tokens_per_host, hop.num_forwarded, plan
+            )
+            forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
+            plan.settle(hop, everyone, forwarded_idx)
+            received = self._spread(operation, rows, inner_rows, hop, place, with_idx=True)
         self._wire.count(operation)
         return received, handle
 
@@ -103,10 +102,11 @@ class HierarchicalBackend:
         operation, rows = "cached dispatch", rows.contiguous()
         hop = self._hop_of(operation, handle)
         self._agree(operation, Call.of(operation, rows, handle))
-        inner_rows, _ = self._cross(
-            operation, cast_rows(rows), hop.tokens_per_host, hop.num_forwarded
-        )
-        arrived = self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
+        with self._taking_part():
+            inner_rows, _ = self._cross(
+                operation, cast_rows(rows), hop.tokens_per_host, hop.num_forwarded
+            )
+            arrived = self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
         self._wire.count(operation)
         return arrived
 
@@ -130,23 +130,18 @@ class HierarchicalBackend:
         out, out_weights = combined or self.new_combined(rows, handle)
         rows, biases = rows.contiguous(), [bias.contiguous() for bias in biases]
         self._agree("combine", Call.of("combine", rows, handle))
-        if self._is_wire_exact and dtype in (torch.bfloat16, torch.float16):
-            rows = replace(rows, x=rows.x.float())
-            biases = [bias.float() for bias in biases]
-        sums, weights = self._return(rows, hop, handle)
-        biases_at = [*(bias.data_ptr() for bias in biases), 0, 0]
-        total = out if rows.x.dtype == dtype else self._inside.new_rows(handle.num_tokens, rows.x)
-        _cpu.sum_parts(
-            (SUM_DTYPES.index(rows.x.dtype), rows.x.shape[1], handle.num_tokens),
-            [part.data_ptr() for part in sums],
-            hop.row_in_host.data_ptr(),
-            (biases_at[0], biases_at[1]),
-            total.data_ptr(),
-        )
-        if total is not out:
-            out.copy_(total)
-        if weights is not None and out_weights is not None:
-            out_weights.copy_(sum_weights(weights, hop, handle))
+        with self._taking_part():
+            if self._is_wire_exact and dtype in (torch.bfloat16, torch.float16):
+                rows = replace(rows, x=rows.x.float())
+                biases = [bias.float() for bias in biases]
+            sums, weights = self._return(rows, hop, handle)
+            like = rows.x
+            total = out if like.dtype == dtype else self._inside.new_rows(handle.num_tokens, like)
+            add_parts(sums, hop, biases, total)
+            if total is not out:
+                out.copy_(total)
+            if weights is not None and out_weights is not None:
+                out_weights.copy_(sum_weights(weights, hop, handle))
         self._wire.count("combine")
         return out, out_weights
 
@@ -228,19 +223,14 @@ class HierarchicalBackend:
 
         try:
             self._wire.exchange(operation, receives, sends(), meanwhile=keep_own)
-        except BaseException as error:
-            if isinstance(error, RuntimeError):
-                self._tell_host(operation, str(error))
-            self._break(str(error) or type(error).__name__)
+        except LateError as error:
+            self._tell_host(operation, str(error))
             raise
-        columns = (
-            [
-                column.clone(memory_format=torch.contiguous_format).view(part.dtype)
-                for column, part in zip(beside.split(widths, 1), parts, strict=True)
-            ]
-            if widths
-            else []
-        )
+        came = beside.split(widths, 1) if widths else ()
+        columns = [
+            column.clone(memory_format=torch.contiguous_format).view(part.dtype)
+            for column, part in zip(came, parts, strict=True)
+        ]
         counts = [count for _, count in num_forwarded]
         idx = [] if plan is None else list(columns.pop(0).split(counts))
         weights = scales = None
@@ -282,14 +272,10 @@ class HierarchicalBackend:
                 if weights is not None:
                     sends.append(Transfer(source, Message.BESIDE, weights[place]))
             first += count
-        try:
-            refusals = self._wire.exchange("combine", receives, sends)
-        except BaseException as error:
-            self._break(str(error) or type(error).__name__)
-            raise
+        refusals = self._wire.exchange("combine", receives, sends)
         if reason or refusals:
             reasons = [f"rank {rank}: {refusals[rank]}" for rank in sorted(refusals)]
-            raise RuntimeError(reason or f"combine: expected all sums, got {'; '.join(reasons)}")
+            raise NoRoomError(reason or f"combine: expected all sums, got {'; '.join(reasons)}")
         return parts, None if weights is None else [p for p in weight_parts if p is not None]
 
     # -- inside this host -------------------------------------------------------------------------
@@ -341,13 +327,8 @@ class HierarchicalBackend:
                 )
                 raise translated from (None if translated is error else error)
             # Memory did not suffice; rows that mean nothing keep the connections in step.
-            weights = rows.topk_weights
-            shape = (hop.inner.num_tokens, hop.inner.num_topk)
-            return (
-                rows.x.new_zeros(hop.inner.num_tokens, rows.x.shape[1]),
-                None if weights is None else weights.new_zeros(shape),
-                str(translated),
-            )
+            nothing, weights = rows.new_combined(hop.inner)
+            return nothing, weights, str(translated)
 
     def _translated(self, error: BaseException) -> BaseException:
         """Number ranks as the whole group does; break down if the host's ranks have.
@@ -356,11 +337,11 @@ class HierarchicalBackend:
         why it cannot go on.
         """
         text = renumbered(str(error), self.hosts.members[self._host])
-        is_known = isinstance(error, ValueError | RuntimeError)
-        if self._inside.is_broken or not isinstance(error, RuntimeError):
-            self._break(text or type(error).__name__)
-            text = text.replace("no rank went on because of", "cannot go on because of")
-        return RuntimeError(text) if is_known else error
+        if isinstance(error, NoRoomError) and not self._inside.is_broken:
+            return NoRoomError(text)
+        self._break(text or type(error).__name__)
+        text = text.replace("no rank went on because of", "cannot go on because of")
+        return RuntimeError(text) if isinstance(error, ValueError | RuntimeError) else error
 
     def _tell_host(self, operation: str, reason: str) -> None:
         """Let this host's ranks hear why this one does not take part."""
@@ -368,6 +349,23 @@ class HierarchicalBackend:
             self._inside.fail(operation, keep_numbers(reason))
 
     # -- the whole group --------------------------------------------------------------------------
+
+    @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """End the group where this rank alone fails: the others count on what it would send."""
+        try:
+            yield
+        except NoRoomError:
+            raise
+        except LateError as error:  # what was sent is on its way yet
+            self._break(str(error))
+            raise
+        except BaseException as error:
+            if not self._broken:
+                reason = f"rank {self.rank} failed in a call: {error or type(error).__name__}"
+                self._wire.interrupt(reason)
+                self._break(reason)
+            raise
 
     def _agree(
         self, operation: str, call: Call | None, counts: Tensor | None = None, error: str = ""

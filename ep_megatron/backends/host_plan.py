@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron import _cpu
+from ep_megatron.arguments import SUM_DTYPES
 from ep_megatron.backends.base import Routing
 from ep_megatron.handle import DispatchHandle, HostHop
 from ep_megatron.hosts import Hosts
@@ -220,6 +221,20 @@ def _routing_numbers(
         routing.expert_alignment,
     )
     return topk_idx.data_ptr(), topk_idx.element_size(), sizes
+
+
+def add_parts(
+    parts: Sequence[Tensor], hop: HostHop, biases: Sequence[Tensor], total: Tensor
+) -> None:
+    """Add biases and the hosts' sums of each token, host after host, into `total [T, H]`."""
+    first, second, *_ = [*(bias.data_ptr() for bias in biases), 0, 0]
+    _cpu.sum_parts(
+        (SUM_DTYPES.index(total.dtype), total.shape[1], len(total)),
+        [part.data_ptr() for part in parts],
+        hop.row_in_host.data_ptr(),
+        (first, second),
+        total.data_ptr(),
+    )
 
 
 def sum_weights(parts: Sequence[Tensor], hop: HostHop, handle: DispatchHandle) -> Tensor:

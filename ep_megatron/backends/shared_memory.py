@@ -21,6 +21,7 @@ from ep_megatron.backends.base import (
     OPERATIONS,
     Announce,
     Call,
+    NoRoomError,
     PeerReport,
     Received,
     Routing,
@@ -336,7 +337,7 @@ class SharedMemoryBackend:
             f"rank {rank}: {r.error}" for rank, r in enumerate(reports) if r.is_out_of_memory
         ]
         if lacking:
-            raise RuntimeError(
+            raise NoRoomError(
                 f"{operation}: expected room for all rows, got {'; '.join(lacking)}; "
                 "raise max_bytes or free shared memory"
             )

@@ -61,6 +61,10 @@ class _Kind(IntEnum):
     BROKEN = 2  # this rank cannot go on at all
 
 
+class LateError(RuntimeError):
+    """Ranks stopped or did not come in time; the text names them."""
+
+
 class Transfer(NamedTuple):
     """One message to or from `peer`; `tensor` is contiguous."""
 
@@ -182,7 +186,7 @@ class Wire:
             Who has refused, by status, and why.
 
         Raises:
-            RuntimeError: naming the ranks that stopped or did not come in time.
+            LateError: naming the ranks that stopped or did not come in time.
         """
         limit = self.timeout + GRACE_SECONDS if timeout is None else timeout
         deadline = time.monotonic() + limit
@@ -223,7 +227,7 @@ class Wire:
         if works:
             self._waiter.run(wait, self.interrupt)
         if late:
-            raise RuntimeError(
+            raise LateError(
                 f"{operation}: rank {self.rank} expected all its peers within {limit:g} s in call "
                 f"{self._num_calls}, got no answer from {describe_late(late, self._last_call)}; "
                 "did it stop, or is it in another call? make a new Buffer once all ranks are back"
@@ -264,12 +268,12 @@ class Wire:
         peers = [p for p in range(self.num_ranks) if p != self.rank]
         self.send(Transfer(peer, Message.MEETING, message) for peer in peers)
 
-    def interrupt(self) -> None:
+    def interrupt(self, reason: str = "it was interrupted") -> None:
         """End what waits for other ranks, in any thread, with an error. Local.
 
         The others are told first; no message gets through after.
         """
-        self.farewell("it was interrupted")
+        self.farewell(reason)
         deadline = time.monotonic() + _FAREWELL_SECONDS
         for work, _ in self._in_flight:
             with contextlib.suppress(RuntimeError):

@@ -15,13 +15,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ep_megatron.soak.rank import Report, Round, serve
+from ep_megatron.soak.rank import STACKS_SIGNAL, Report, Round, serve
 
 FAULTS = ("none", "none", "pause", "kill", "stop", "interrupt")
 BACKENDS = ("shared_memory", "shared_memory", "shared_memory", "process_group", "hierarchical")
 _DEADLINE = 6.0  # of a Buffer whose rank is stopped
 _PATIENCE = 120.0  # of all others
 _HANG = 400.0  # a rank that says nothing for so long hangs
+_STACKS_SECONDS = 1.0  # between one rank's words and the next's
 # What a process may gain over the whole run, after its second round, without being called a leak.
 _MARGINS = {"MiB": 96, "threads": 6, "descriptors": 12}
 
@@ -77,7 +78,13 @@ class _Ranks:
     def hear(self, rank: int) -> Any:
         """Return the next word of a rank; None if its process has ended."""
         if not self.pipes[rank].poll(_HANG):
-            raise RuntimeError(f"soak: expected rank {rank} to answer, got nothing in {_HANG:g} s")
+            for other in self.processes:  # each writes to stderr where it is
+                self.signal(other, STACKS_SIGNAL)
+                time.sleep(_STACKS_SECONDS)
+            raise RuntimeError(
+                f"soak: expected rank {rank} to answer, got nothing in {_HANG:g} s; the stacks of "
+                f"ranks 0 to {self.num_ranks - 1} are on stderr, in this order"
+            )
         try:
             return self.pipes[rank].recv()
         except (EOFError, ConnectionResetError):

@@ -1,7 +1,9 @@
 """One rank of a soak: rounds of random steps until the round ends or something goes wrong."""
 
+import faulthandler
 import gc
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import FP8
 from ep_megatron.soak.step import Step
 
+STACKS_SIGNAL = signal.SIGUSR1  # makes a rank write to stderr what its threads are in
 _CAPACITY = 256  # most tokens of a rank in a low-latency call
 _STEPS_PER_WORD = 8  # steps between which the ranks agree whether to go on
 
@@ -60,6 +63,8 @@ class Report:
 def serve(rank: int, num_ranks: int, pipe: Connection) -> None:
     """Run the rounds that come through `pipe` until it closes."""
     torch.set_num_threads(1)
+    faulthandler.register(STACKS_SIGNAL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has no jobs
     while True:
         try:
             task = pipe.recv()
@@ -73,7 +78,8 @@ def _run(rank: int, num_ranks: int, task: Round, pipe: Connection) -> Report:
     try:
         _take_steps(rank, num_ranks, task, report, pipe)
     except BaseException as error:
-        report.error = type(error).__name__, str(error)
+        kind = RuntimeError if isinstance(error, RuntimeError) else type(error)
+        report.error = kind.__name__, str(error)
         error.__traceback__ = None
     try:
         if dist.is_initialized():
