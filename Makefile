@@ -51,11 +51,12 @@ format: .venv/built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# The multi-rank tests of shared memory against _cpu built with sanitizers, in a copy: minutes, not part of test.
-SANITIZED := test_row_kernels test_fp8_kernels test_dispatch test_fp8_dispatch test_async test_capacity \
+# The multi-rank tests of shared memory against _cpu built with sanitizers, in a copy: not part of test.
+SANITIZERS ?= address,undefined thread
+SANITIZED ?= test_row_kernels test_fp8_kernels test_dispatch test_fp8_dispatch test_async test_settings test_capacity \
   test_low_latency test_low_latency_masks test_memory test_security test_errors test_statistics
 sanitize: .venv/built
-	for kind in address,undefined thread; do ./tests/sanitize.sh $$kind $(SANITIZED) || exit 1; done
+	for kind in $(SANITIZERS); do ./tests/sanitize.sh $$kind $(SANITIZED) || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info ep_megatron/*.so
