@@ -119,6 +119,9 @@ def pass_packed_rows(rank: int, backend: str, pending: bool) -> None:
                 hook()
             expected = expected_combined(PACKED, rank, step)
             assert torch.equal(bits(combined), bits(expected))
+            buffer.low_latency_combine(
+                outputs / 64, idx, PACKED.weights(rank, step), handle, use_logfmt=True
+            )
 
 
 def _outputs(rank: int, recv: Any) -> Tensor:

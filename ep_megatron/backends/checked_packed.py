@@ -23,6 +23,7 @@ from ep_megatron.backends.packed import (
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
+    Waits,
 )
 from ep_megatron.backends.row_hashes import first_wrong, hash_or_zeros, hash_rows, is_same
 from ep_megatron.layout import index_within
@@ -90,13 +91,13 @@ class CheckedPacked:
         topk_idx: Tensor,
         topk_weights: Tensor,
         out: Tensor,
-        waited: Tensor,
+        waits: Waits,
     ) -> None:
         """See `LowLatencyBackend.receive_combine`."""
         home = self._home_call(call)
         came = Packed.empty(home, self.num_ranks, out.device)
         self._both(
-            lambda: self._inner.receive_combine(number, call, topk_idx, topk_weights, out, waited),
+            lambda: self._inner.receive_combine(number, call, topk_idx, topk_weights, out, waits),
             lambda: self._beside.receive_dispatch(self._number_beside.pop(number), home, came),
         )
         rows = came.x[0, : int(came.count[0])]
@@ -224,6 +225,8 @@ class CheckedPacked:
     ) -> None:
         """Raise unless `out [T, H]` is the weighted sum of rows, by token and expert, that came."""
         x, tokens, experts = came
+        if call.use_logfmt:  # as they are sent there, and are added
+            x = casts.decode_logfmt(casts.encode_logfmt(x.contiguous()))
         num_tokens, num_topk = topk_idx.shape
         # A token's rows of one expert, of which there may be several, come in the order of slots.
         names = _numbered(tokens * call.num_experts + experts)
