@@ -13,8 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_megatron import Buffer, BufferConfig
-from tests.packed_cases import PackedCase, check_packed, expected_combined, expert_output
+from ep_megatron import Buffer, BufferConfig, logfmt
+from tests.packed_cases import (
+    PackedCase,
+    check_packed,
+    expected_combined,
+    expected_packed,
+    expert_output,
+)
 from tests.ranks import fresh_processes
 
 CASE = PackedCase((6, 7, 8))
@@ -152,6 +158,73 @@ def come_late(rank: int, buffer: Buffer) -> list[int]:
 def test_a_late_rank_is_masked_and_knows() -> None:
     answers = run("shared_memory", True, come_late)
     assert answers == [("returned", [0, 1, 0]), ("returned", [1, 0, 1]), ("returned", [0, 1, 0])]
+
+
+def come_late_over_gloo(rank: int, buffer: Buffer) -> list[int]:
+    """A deadline closes gloo's connections: those who waited need a new Buffer, as they are told.
+
+    The late rank cannot tell them from ranks that ended: it finds itself alone.
+    """
+    step(buffer, rank, 0)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(2 * TIMEOUT)
+        step(buffer, rank, 1, masked=(0, 2))
+    else:
+        with pytest.raises(
+            RuntimeError, match=r"low_latency_dispatch: .* from rank 1 \(rank 1: last"
+        ):
+            step(buffer, rank, 1)
+        with pytest.raises(RuntimeError, match="make a new Buffer"):
+            step(buffer, rank, 2)
+    found = masks(buffer)
+    dist.barrier()
+    config = BufferConfig(backend="process_group", timeout=60)
+    assert dist.group.WORLD is not None
+    again = Buffer(dist.group.WORLD, low_latency_mode=True, enable_shrink=True, config=config)
+    step(again, rank, 3)
+    assert masks(again) == [0, 0, 0]
+    return found
+
+
+def test_a_late_rank_over_gloo_is_named_and_a_new_buffer_works() -> None:
+    answers = run("process_group", True, come_late_over_gloo)
+    assert answers == [("returned", [0, 0, 0]), ("returned", [1, 0, 1]), ("returned", [0, 0, 0])]
+
+
+def die_between_halves_over_gloo(rank: int, buffer: Buffer) -> list[int]:
+    """What a rank sent before it died may have arrived or not; its experts are gone either way."""
+    idx = CASE.topk_idx(rank)
+    recv, _, handle, _, hook = buffer.low_latency_dispatch(
+        CASE.x(rank), idx, CASE.capacity, CASE.num_experts, use_fp8=False, return_recv_hook=True
+    )
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    assert hook is not None
+    hook()
+    assert isinstance(recv, torch.Tensor)
+    counts = handle[1] & 0xFFFFFFFF
+    arrived = expected_packed(CASE, rank)
+    for expert, by_source in enumerate(arrived):
+        for source, tokens in enumerate(by_source):
+            assert int(counts[expert, source]) in {len(tokens), 0 if source == 1 else len(tokens)}
+    first = rank * CASE.experts_per_rank
+    rows = torch.stack([expert_output(x, first + e) for e, x in enumerate(recv)])
+    out, _, _ = buffer.low_latency_combine(rows, idx, CASE.weights(rank), handle, use_logfmt=True)
+    expected = expected_combined(CASE, rank, masked=(1,), as_sent=as_sent)
+    assert torch.equal(out, expected)
+    return masks(buffer)
+
+
+def as_sent(rows: torch.Tensor) -> torch.Tensor:
+    return logfmt.decode(logfmt.encode(rows))
+
+
+def test_a_rank_that_died_between_the_halves_over_gloo_is_masked() -> None:
+    answers = run("process_group", True, die_between_halves_over_gloo, dead=1)
+    assert answers[0] == answers[2] == ("returned", [0, 1, 0])
 
 
 def mask_by_hand(rank: int, buffer: Buffer) -> list[int]:
