@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_megatron import fp8
+from ep_megatron import fp8, logfmt
 from ep_megatron.fp8 import Fp8Recipe
 
 
@@ -127,6 +127,11 @@ def check_packed(
 def expert_output(x: Tensor, expert: int) -> Tensor:
     """Return what an expert makes of bfloat16 rows: another for every expert."""
     return (x.float() * (1 + expert / 8)).bfloat16()
+
+
+def as_logfmt(rows: Tensor) -> Tensor:
+    """Return what arrives of bfloat16 rows that are sent as LogFMT."""
+    return logfmt.decode(logfmt.encode(rows))
 
 
 def expected_combined(

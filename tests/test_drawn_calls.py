@@ -17,7 +17,7 @@ from torch import Tensor
 from ep_megatron import Buffer, fp8
 from ep_megatron.elastic import ElasticBuffer
 from ep_megatron.fp8 import FP8
-from tests.packed_cases import PackedCase, check_packed, expected_combined
+from tests.packed_cases import PackedCase, as_logfmt, check_packed, expected_combined
 from tests.profiles import examples
 from tests.programs import DrawnCase, numbers, routings
 from tests.ranks import run_on_ranks
@@ -162,10 +162,11 @@ def packed(draw: st.DrawFn) -> DrawnPackedCase:
         hidden=draw(st.sampled_from((128, 512, 640))),
         idx_dtype=case.idx_dtype,
         slots=case.slots,
+        scale=draw(st.sampled_from((1.0, 0.25))),  # of which LogFMT leaves some blocks alone
     )
 
 
-def check_drawn(rank: int, case: DrawnPackedCase, kind: str, mode: str, zero_copy: bool) -> None:
+def check_drawn(rank: int, case: DrawnPackedCase, kind: str, mode: str, way: str) -> None:
     """Dispatch and combine on both backends."""
     how: dict[str, Any] = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
     flags = {"use_fp8": False} if kind == "ue8m0" and case.hidden % 512 else FLAGS[kind]
@@ -181,14 +182,21 @@ def check_drawn(rank: int, case: DrawnPackedCase, kind: str, mode: str, zero_cop
         if not isinstance(recv, Tensor):
             continue
         rows = experts_rows(case, rank, recv)
-        if zero_copy:
+        if way == "zero_copy":
             buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
             rows = torch.full_like(rows, torch.nan)
         out, event, hook = buffer.low_latency_combine(
-            rows, idx, weights, handle, zero_copy=zero_copy, **how
+            rows,
+            idx,
+            weights,
+            handle,
+            zero_copy=way == "zero_copy",
+            use_logfmt=way == "logfmt",
+            **how,
         )
         finish(event, hook, mode)
-        assert torch.equal(bits(out), bits(expected_combined(case, rank)))
+        as_sent = as_logfmt if way == "logfmt" else Tensor.float
+        assert torch.equal(bits(out), bits(expected_combined(case, rank, as_sent=as_sent)))
 
 
 def finish(event: Any, hook: Any, mode: str) -> None:
@@ -203,12 +211,12 @@ def finish(event: Any, hook: Any, mode: str) -> None:
     case=packed(),
     kind=st.sampled_from(("bf16", "bf16", "fp8", "round", "ue8m0")),
     mode=st.sampled_from(("sync", "async", "hook")),
-    zero_copy=st.booleans(),
+    way=st.sampled_from(("copy", "zero_copy", "logfmt")),
 )
 def test_low_latency_calls_are_their_definition(
-    case: DrawnPackedCase, kind: str, mode: str, zero_copy: bool
+    case: DrawnPackedCase, kind: str, mode: str, way: str
 ) -> None:
-    run_on_ranks(case.num_ranks, check_drawn, case, kind, mode, zero_copy)
+    run_on_ranks(case.num_ranks, check_drawn, case, kind, mode, way)
 
 
 # -- CUDA kernels ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 from ep_megatron import Buffer, _cpu, casts, fp8, logfmt
 from ep_megatron.logfmt import LogRows
 from ep_megatron.packed_arguments import check_logfmt
-from tests.packed_cases import PackedCase, expected_combined
+from tests.packed_cases import PackedCase, as_logfmt, expected_combined
 from tests.ranks import run_on_ranks
 from tests.test_low_latency import BACKENDS, buffer_of, experts_rows
 from tests.test_row_kernels import ISAS, Output
@@ -130,10 +130,6 @@ def test_rows_that_cannot_be_are_named() -> None:
         check_logfmt("low_latency_combine", True, False, "cuda")
 
 
-def as_sent(rows: Tensor) -> Tensor:
-    return logfmt.decode(logfmt.encode(rows))
-
-
 # Experts' rows are below one, so all blocks are coded.
 CASE = PackedCase((8, 5, 0, 7), num_topk=4, hidden=384, scale=1 / 16)
 
@@ -159,7 +155,7 @@ def check_combines(rank: int, backend: str) -> tuple[int, int, int]:
         if hook is not None:
             hook()
         read.append(bytes_read(buffer) - before)
-        expected = expected_combined(CASE, rank, as_sent=as_sent if use_logfmt else Tensor.float)
+        expected = expected_combined(CASE, rank, as_sent=as_logfmt if use_logfmt else Tensor.float)
         assert torch.equal(out.view(torch.int16), expected.view(torch.int16)), use_logfmt
     assert read[1] == read[2]
     return int((idx >= 0).sum()), read[0], read[1]

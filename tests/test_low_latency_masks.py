@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_megatron import Buffer, BufferConfig, logfmt
+from ep_megatron import Buffer, BufferConfig
 from tests.packed_cases import (
     PackedCase,
+    as_logfmt,
     check_packed,
     expected_combined,
     expected_packed,
@@ -213,13 +214,9 @@ def die_between_halves_over_gloo(rank: int, buffer: Buffer) -> list[int]:
     first = rank * CASE.experts_per_rank
     rows = torch.stack([expert_output(x, first + e) for e, x in enumerate(recv)])
     out, _, _ = buffer.low_latency_combine(rows, idx, CASE.weights(rank), handle, use_logfmt=True)
-    expected = expected_combined(CASE, rank, masked=(1,), as_sent=as_sent)
+    expected = expected_combined(CASE, rank, masked=(1,), as_sent=as_logfmt)
     assert torch.equal(out, expected)
     return masks(buffer)
-
-
-def as_sent(rows: torch.Tensor) -> torch.Tensor:
-    return logfmt.decode(logfmt.encode(rows))
 
 
 def test_a_rank_that_died_between_the_halves_over_gloo_is_masked() -> None:
