@@ -180,9 +180,9 @@ def test_bits_of_the_autograd_functions(backend: str) -> None:
     run_on_ranks(2, check_eager, backend)
 
 
-@pytest.mark.parametrize("expand", [False, True], ids=["by_rank", "by_expert"])
-def test_compiled_as_one_graph(expand: bool) -> None:
-    run_on_ranks(2, check_compiled, "aot_eager", expand)
+@pytest.mark.parametrize(("compiler", "expand"), [("aot_eager", False), ("inductor", True)])
+def test_compiled_as_one_graph(compiler: str, expand: bool) -> None:
+    run_on_ranks(2, check_compiled, compiler, expand)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
