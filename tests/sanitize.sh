@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sanitize.sh KIND TEST...: build _cpu with -fsanitize=KIND in a copy of the tree, and run tests/TEST.py there.
-# A rank that finds something ends, so its test fails; what it found is printed last.
+# A rank that finds something ends, so its test fails; what it found is on stderr, or printed last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=$1
@@ -26,7 +26,7 @@ export PYTHONPATH=$PWD
 preload="$(gcc -print-file-name=$library) $(gcc -print-file-name=libstdc++.so)"
 for test in "$@"; do  # one by one: a rank of theirs takes up to 7 GB, and lives as long as pytest
   echo "$test"
-  LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider "tests/$test.py" || failed=1
+  LD_PRELOAD=$preload "$python" -m pytest -q --capture=sys -p no:cacheprovider "tests/$test.py" || failed=1
 done
 if compgen -G "$reports.*" > /dev/null; then
   cat "$reports".*

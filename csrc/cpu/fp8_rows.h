@@ -26,7 +26,7 @@ struct ScaleStrides {
 };
 
 inline void store_scales(char* out, size_t word_stride, const char* scales, size_t num_bytes) {
-    if (word_stride == 4) {
+    if (word_stride == 4 && num_bytes > 0) {  // rows without columns have no memory at all
         std::memcpy(out, scales, num_bytes);
         return;
     }
