@@ -1,7 +1,6 @@
 """The extension holds the PTX that nvcc makes of the sources, and kernels take what they should."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,9 @@ PINNED = "V13.0.88"
 
 
 def nvcc_or_skip() -> str:
-    nvcc = shutil.which("nvcc")
+    nvcc = resources.find_nvcc()
     if nvcc is None:
-        pytest.skip("nvcc is not on PATH")
+        pytest.skip("no nvcc on PATH, and none from requirements-cuda.txt")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     if PINNED not in version.stdout:
         pytest.skip(f"the table is that of nvcc {PINNED}")

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
-from tests.cuda.mutants import verdicts
+from tests.cuda.mutants import kernels, verdicts
+from tests.cuda.workloads import WORKLOADS
 from tests.emulator.mutate import table
 
 
@@ -14,3 +15,7 @@ def test_a_lost_or_weakened_instruction_is_noticed(kernel: str) -> None:
     judged = verdicts(kernel, without=["drop barrier with vote"])
     assert len(judged) >= 3
     assert all(v.noticed for v in judged), table(judged)
+
+
+def test_every_kernel_that_synchronises_is_judged_by_some_calls() -> None:
+    assert not [name for name in kernels() if not name.startswith(tuple(WORKLOADS))]

@@ -157,13 +157,13 @@ def test_bad_calls_raise_on_every_rank_and_the_next_goes_on() -> None:
     no_report(nodes)
 
 
-def lossy(nodes: Nodes) -> None:
-    """Let the cards of rank 0 lose what they are given."""
+def lossy(nodes: Nodes, rank: int) -> None:
+    """Let the card of a rank lose what it is given."""
 
     def lose(*_: object) -> None:
         return
 
-    backend: Any = nodes.backends[0]
+    backend: Any = nodes.backends[rank]
     backend._crossing._network.put_signal = lose
 
 
@@ -178,6 +178,6 @@ def check_lost(backend: Backend, _reference: Backend, case: Case) -> str:
 
 def test_rows_that_do_not_come_end_the_kernels_that_would_read_them() -> None:
     nodes = Nodes("AB", timeout=0.02)
-    lossy(nodes)
+    lossy(nodes, 0)
     errors = nodes.run(check_lost, CASES[2])
     assert "trap" in errors[1]

@@ -30,7 +30,7 @@ from tests.cuda.fatbin import embedded_ptx
 from tests.emulator.machine import Machine
 
 NUM_SMS = 3
-_HANG_SECONDS = 240
+HANG_SECONDS = 240
 _HOST_STREAM = 1
 _HOST = """.version 8.0
 .target sm_90
@@ -178,7 +178,7 @@ class EmulatedDevice:
 
         Of what they wrote, the host then knows what the kernels of `stream` knew.
         """
-        deadline = time.monotonic() + _HANG_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while self._machine.advance(self._rank) and time.monotonic() < deadline:
             if self.has_failed.is_set():
                 raise threading.BrokenBarrierError

@@ -7,6 +7,7 @@ alone, as the machine's seed wants it; and races and weak stores are seen as tho
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -170,6 +171,8 @@ class Nodes(Ranks):
         seed: of the interleaving.
         mode: see tests/emulator/README.md.
         is_exact: `float32_between_hosts`.
+        timeout: of waits, in seconds of the emulated clock.
+        kernels: PTX in place of what the extension holds.
     """
 
     def __init__(
@@ -180,10 +183,11 @@ class Nodes(Ranks):
         *,
         is_exact: bool = False,
         timeout: float = 1e9,
+        kernels: Sequence[str] = (),
     ) -> None:
         num_ranks = self.num_ranks = len(layout)
         self.machine = Machine(num_ranks, seed=seed, mode=mode)
-        for ptx in (HOST_PTX, _CARD, *shipped_ptx()):
+        for ptx in (HOST_PTX, _CARD, *(kernels or shipped_ptx())):
             self.machine.load(ptx)
         hosts = Hosts.from_ids(layout)
         self.fabric = Fabric(hosts)

@@ -4,8 +4,10 @@
 spills are ptxas's word on each architecture, accesses those of the PTX.
 """
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,14 @@ _ACCESS = re.compile(r"\b(ld|st)((?:\.[a-z]+)*?)\.(global|shared|local)((?:\.v\d
 
 def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def find_nvcc() -> str | None:
+    """Return the compiler that setup.py takes: the installed one, or the one from PyPI."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = [] if wheels is None else list(wheels.submodule_search_locations or ())
+    path = os.pathsep.join(f"{folder}/cu13/bin" for folder in folders)
+    return shutil.which("nvcc") or shutil.which("nvcc", path=path)
 
 
 def compile_to_ptx(nvcc: str, source: Path) -> str:
@@ -103,4 +113,4 @@ def table(nvcc: str) -> str:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(table(sys.argv[1] if len(sys.argv) > 1 else "nvcc"))
+    TABLE.write_text(table(sys.argv[1] if len(sys.argv) > 1 else find_nvcc() or "nvcc"))

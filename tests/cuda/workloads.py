@@ -1,0 +1,240 @@
+"""Calls in which every synchronising instruction of our kernels matters, for tests/cuda/mutants.py.
+
+Each takes the PTX of all kernels, a seed and a mode of the emulator, raises where a result is
+wrong, and returns what the machine reported.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ep_megatron import _cuda
+from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.backends.cuda import CudaBackend
+from ep_megatron.config import BufferConfig
+from tests.cuda.buffers import Buffers
+from tests.cuda.emulated import Ranks, shipped_ptx
+from tests.cuda.nic import Nodes
+from tests.routing import Case
+from tests.test_cuda_low_latency import (
+    TIMEOUT,
+    bad_handles,
+    be_named,
+    come_late,
+    mask_by_hand,
+    stay_away,
+    two_zero_copies,
+)
+from tests.test_cuda_nodes import CASES, check, lossy
+from tests.test_low_latency import check_bad_input_of, check_hooks_of, check_steps_of
+
+# Enough tokens for several steps of a warp and, with more SMs, several blocks.
+CASE = Case("mutants", (70, 20, 3), num_topk=4, experts_per_rank=6, hidden=8, alignment=4)
+Reports = list[tuple[str, str]]
+_SLOTS = 2  # of a post, which must be written again
+
+
+def without_trap(kernels: list[str]) -> list[str]:
+    """Let hosts read what a kernel says before it traps: the machine would stop there."""
+    return [ptx.replace("trap;", "exit;") for ptx in kernels]
+
+
+# -- one NVLink domain ----------------------------------------------------------------------------
+
+
+def refused_calls(backend: Backend) -> list[Tensor]:
+    """Return what a rank hears of calls that all must refuse: a bad index, and two dtypes."""
+    rank = backend.rank
+    x, topk_idx = CASE.x(rank, torch.float32), CASE.topk_idx(rank)
+    bad = topk_idx.clone()
+    if rank == 1:
+        bad[2, 1] = CASE.num_experts
+    heard = []
+    for idx, rows in ((bad, x), (topk_idx, x.double() if rank == 2 else x)):
+        try:
+            backend.dispatch(Rows(rows), Routing(idx, CASE.num_experts))
+            heard.append("nothing")
+        except ValueError as error:
+            heard.append(str(error))
+    return [torch.tensor(list(text.encode())) for text in heard]
+
+
+def calls(backend: Backend, _reference: Backend) -> list[Tensor]:
+    """Return what some calls give on one rank, memory having been written again in between."""
+    results: list[Tensor] = []
+    x = CASE.x(backend.rank, torch.float32)
+    for expand in (True, False) * _SLOTS:
+        routing = Routing(CASE.topk_idx(backend.rank), CASE.num_experts, expand, CASE.alignment)
+        rows, handle = backend.dispatch(Rows(x), routing)
+        summed, _ = backend.combine(rows, handle)
+        results += [rows.x.clone(), handle.routes, summed]
+    return results + refused_calls(backend)
+
+
+def calls_without_arrival(backend: Backend, _reference: Backend) -> list[Tensor]:
+    """Return what the host of a rank finds when rank 1 does not arrive."""
+    assert isinstance(backend, CudaBackend)
+    meeting, device = backend._meeting, backend._device
+    meeting.meet("mutants", None, kind=_cuda.BAD_ARGUMENTS, error="only to meet")
+    if backend.rank == 1:
+        return []
+    meeting.arrive(waits=True)
+    device.wait_for_word(meeting._arrive_error, meeting.epoch, 0)
+    epoch, seen = _cuda.read_arrive_error(meeting._arrive_error.read(), meeting.num_ranks)
+    return [torch.tensor([epoch, *seen])]
+
+
+def _compared(ranks: Ranks, function: Callable[..., Any]) -> Reports:
+    """Compare what all ranks return with a run of the shipped kernels."""
+    expected = _expected(function)
+    for mine, other in zip(ranks.run(function), expected, strict=True):
+        assert len(mine) == len(other)
+        assert all(map(torch.equal, mine, other))
+    reports: Reports = ranks.machine.report()
+    return reports
+
+
+@functools.cache
+def _expected(function: Callable[..., Any]) -> list[list[Tensor]]:
+    return _ranks(function, shipped_ptx(), 0, "plain").run(function)
+
+
+def _ranks(function: Callable[..., Any], kernels: list[str], seed: int, mode: str) -> Ranks:
+    if function is calls:
+        return Ranks(3, seed, mode, BufferConfig(timeout=1e9, num_sms=2), kernels)
+    return Ranks(3, seed, mode, BufferConfig(timeout=3.0, num_sms=2), without_trap(kernels))
+
+
+def arriving(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Dispatches and combines of three ranks, and dispatches that they refuse."""
+    return _compared(_ranks(calls, kernels, seed, mode), calls)
+
+
+def not_arriving(kernels: list[str], seed: int, mode: str) -> Reports:
+    """A call in which one rank does not arrive."""
+    ranks = _ranks(calls_without_arrival, kernels, seed, mode)
+    return _compared(ranks, calls_without_arrival)
+
+
+# -- low-latency calls ----------------------------------------------------------------------------
+
+
+def _called(buffers: Buffers, *functions: Callable[..., Any]) -> Reports:
+    for function in functions:
+        buffers.call(function)
+    reports: Reports = buffers.machine.report()
+    return reports
+
+
+def packed_steps(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Many steps out of step, with and without hooks and zero-copy."""
+    buffers = Buffers(3, seed, mode, kernels=kernels)
+    return _called(buffers, lambda rank, buffer: check_steps_of(rank, buffer, 4))
+
+
+def packed_hooks(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Two calls under way at once, and rows that readers of two combines share."""
+    return _called(Buffers(2, seed, mode, kernels=kernels), check_hooks_of, two_zero_copies)
+
+
+def _but_races(reports: Reports) -> Reports:
+    """Leave out what is read or written at once and thrown away; see docs/kernels.md."""
+    return [(kind, text) for kind, text in reports if kind != "race"]
+
+
+def packed_refused(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls that all ranks refuse, for values: of indices, of a layout."""
+    return _called(Buffers(2, seed, mode, kernels=kernels), bad_handles)
+
+
+def packed_disagreed(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls that all ranks refuse, for anything; ranks of unequal sizes push to the same slots."""
+    return _but_races(_called(Buffers(2, seed, mode, kernels=kernels), check_bad_input_of))
+
+
+def packed_masked(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Ranks that mask each other by hand and take each other back."""
+    buffers = Buffers(3, seed, mode, enable_shrink=True, kernels=kernels)
+    barrier = threading.Barrier(3)
+    found = buffers.call(mask_by_hand, barrier.wait)
+    assert found == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+    return _called(buffers)
+
+
+def packed_absent(kernels: list[str], seed: int, mode: str) -> Reports:
+    """A rank that stays away and is masked."""
+    buffers = Buffers(3, seed, mode, timeout=TIMEOUT, enable_shrink=True, kernels=kernels)
+    assert buffers.call(stay_away) == [[0, 1, 0], [], [0, 1, 0]]
+    return _but_races(_called(buffers))
+
+
+def packed_late(kernels: list[str], seed: int, mode: str) -> Reports:
+    """A rank that comes after it was masked, and finds out."""
+    buffers = Buffers(3, seed, mode, timeout=TIMEOUT, enable_shrink=True, kernels=kernels)
+    found = buffers.call(come_late, threading.Event())
+    assert found == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+    return _but_races(_called(buffers))
+
+
+def packed_named(kernels: list[str], seed: int, mode: str) -> Reports:
+    """A rank that stays away, where that is an error."""
+    buffers = Buffers(3, seed, mode, timeout=TIMEOUT, kernels=kernels)
+    assert buffers.call(be_named)[1] == ""
+    return _called(buffers)
+
+
+# -- several nodes --------------------------------------------------------------------------------
+
+
+def crossing(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls between two nodes."""
+    nodes = Nodes("AB", seed, mode, kernels=kernels)
+    for _ in range(_SLOTS):
+        nodes.run(check, CASES[2], "AB", torch.float32, False)
+    reports: Reports = nodes.machine.report()
+    return reports
+
+
+def rows_that_are_lost(backend: Backend, _reference: Backend) -> None:
+    """Exchange a row with every rank of the other node; what rank 2 sends does not come."""
+    crossing: Any = getattr(backend, "_crossing")  # noqa: B009
+    rank = backend.rank
+    num_rows = [[int(a // 2 != b // 2) for b in range(4)] for a in range(4)]
+    crossing.exchange(torch.zeros(2, 16, dtype=torch.uint8), num_rows)
+    if rank < 2:
+        crossing._device.wait_for_word(crossing._error, crossing._epoch, 0)
+        with pytest.raises(RuntimeError, match="got nothing from rank 2;"):
+            crossing.check("exchange")
+
+
+def not_crossing(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Rows that do not come: the host learns whose."""
+    nodes = Nodes("AABB", seed, mode, timeout=0.02, kernels=without_trap(kernels))
+    lossy(nodes, 2)
+    nodes.run(rows_that_are_lost)
+    reports: Reports = nodes.machine.report()
+    return reports
+
+
+WORKLOADS: dict[str, list[Callable[[list[str], int, str], Reports]]] = {
+    "ep_count_kernel": [arriving],
+    "ep_route_kernel": [arriving],
+    "ep_notify_kernel": [arriving, not_arriving],
+    "ep_arrive_kernel": [arriving, not_arriving],
+    "ep_packed_": [
+        packed_steps,
+        packed_hooks,
+        packed_masked,
+        packed_refused,
+        packed_disagreed,
+        packed_absent,
+        packed_named,
+        packed_late,
+    ],
+    "ep_cross_wait_kernel": [crossing, not_crossing],
+}
