@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.megatron_gpt import Case as GptCase
 from tests.megatron_gpt import Layout, make_config, with_plugin
+from tests.ranks import drop_groups
 
 VOCABULARY, SEQUENCE, BATCH = 64, 8, 2
 NUM_LAYERS = 8
@@ -226,6 +228,7 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
 
     from ep_megatron.megatron import host
 
+    groups_before = list(dist.distributed_c10d._world.pg_map)
     plugin = with_plugin(dispatch_dtype=wire, combine_grad_dtype=wire)
     with host.without_cuda(), torch.compiler.set_stance("force_eager"), plugin:
         parallel_state.initialize_model_parallel(
@@ -238,11 +241,13 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
         try:
             model_parallel_cuda_manual_seed(1)
             yield
+            dist.barrier()  # before the groups of this layout end
         finally:
             # Globals of Megatron's, as long as the first model that used them has layers.
             get_moe_layer_wise_logging_tracker().clear()
             MTPLossLoggingHelper.tracker = {}
             parallel_state.destroy_model_parallel()
+        drop_groups(groups_before)
 
 
 def virtual_size(name: str, layout: Layout) -> int | None:

@@ -6,7 +6,7 @@ import multiprocessing as mp
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -25,7 +25,7 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
         except EOFError:
             return
         if task is None:
-            _drop_groups()
+            drop_groups()
             continue
         function, args = task
         try:
@@ -34,13 +34,13 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
             pipe.send((None, traceback.format_exc()))
 
 
-def _drop_groups() -> None:
-    """Leave the groups that a test has made: a rank that rests polls for each of them."""
+def drop_groups(kept: Collection[Any] = ()) -> None:
+    """Leave all groups but the world and `kept`, where no rank is in a call: gloo polls for each."""
     state = sys.modules.get("megatron.core.parallel_state")
     if state is not None:
         state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group is not dist.group.WORLD and group not in kept:
             dist.destroy_process_group(group)
     gc.collect()
 
