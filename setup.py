@@ -166,7 +166,7 @@ def sources_in(folder: str, *patterns: str) -> list[str]:
 extensions = [
     Extension(
         "ep_megatron._cpu",
-        sources_in("csrc/cpu", "*.cpp") + sources_in("csrc", "bindings*.cpp"),
+        sources_in("csrc/cpu", "*.cpp") + sources_in("csrc", "*.cpp"),
         include_dirs=[pybind11.get_include()],
     )
 ]

@@ -11,7 +11,9 @@
 #include <utility>
 
 #include "bindings.h"
+#include "core/errors.h"
 #include "cpu/exchange.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 using py::operator""_a;
@@ -27,9 +29,34 @@ void check_python_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-Routes routes_at(uintptr_t address, int64_t num_slots) {
-    auto* first = pointer<int32_t>(address);
-    return {first, first + num_slots, first + 2 * num_slots};
+/// Code and bits, see DlpackType.
+using DlpackTypeTuple = std::pair<uint8_t, uint8_t>;
+
+py::capsule block_tensor(const std::shared_ptr<Block>& block,
+                         size_t offset,
+                         DlpackTypeTuple type,
+                         std::vector<int64_t> shape) {
+    size_t num_bytes = type.second / 8;
+    for (int64_t size : shape) num_bytes *= static_cast<size_t>(size);
+    if (offset > block->num_bytes() || num_bytes > block->num_bytes() - offset)
+        throw std::invalid_argument(text("tensor: expected offset and shape to lie in ",
+                                         block->num_bytes(), " bytes, got ", num_bytes, " at ",
+                                         offset));
+    char* data = block->data() + offset;
+    return dlpack_capsule(block, data, {type.first, type.second}, std::move(shape));
+}
+
+py::capsule kept_routes(const Dispatched& result) {
+    const KeptRouting& kept = result.kept;
+    return dlpack_capsule(kept.memory, kept.routes.rank, {0, 32},
+                          {3, kept.num_tokens, kept.num_topk});
+}
+
+py::object kept_topk_idx(const Dispatched& result) {
+    const KeptRouting& kept = result.kept;
+    if (kept.idx_item_bytes == 0) return py::none();
+    const auto bits = static_cast<uint8_t>(8 * kept.idx_item_bytes);
+    return dlpack_capsule(kept.memory, kept.topk_idx, {0, bits}, {kept.num_tokens, kept.num_topk});
 }
 
 std::unique_ptr<Exchange> make_exchange(const std::string& folder,
@@ -85,7 +112,12 @@ Dispatched dispatch(Exchange& exchange,
              args.routing.expand, args.routing.alignment) = routing;
     if (num_rows_per_rank) args.num_rows_per_rank = *num_rows_per_rank;
     if (valid_per_expert) args.valid_per_expert = *valid_per_expert;
-    args.routes = routes_at(routes, args.routing.num_tokens * args.routing.num_topk);
+    if (args.operation == kDispatch) {
+        args.kept = KeptRouting(args.routing);
+        args.routes = args.kept.routes;
+    } else {
+        args.routes = routes_in(pointer<int32_t>(routes), args.routing.num_slots());
+    }
     std::tie(args.row_bytes.x, args.row_bytes.scales, args.row_bytes.weights, args.row_bytes.idx) =
         row_bytes;
     if (cast) {
@@ -118,6 +150,7 @@ void widen(Exchange& exchange,
 bool combine(Exchange& exchange,
              const std::vector<int64_t>& call,
              const std::tuple<int64_t, int, bool, int64_t>& sizes,
+             const std::vector<int64_t>& num_rows_per_rank,
              int dtype,
              size_t hidden,
              size_t weight_bytes,
@@ -127,10 +160,16 @@ bool combine(Exchange& exchange,
     CombineArgs args{};
     args.call = call;
     std::tie(args.num_tokens, args.num_topk, args.expand, args.num_rows) = sizes;
+    if (num_rows_per_rank.size() != static_cast<size_t>(exchange.num_ranks()))
+        throw std::invalid_argument(text("combine: expected num_rows_per_rank to have ",
+                                         exchange.num_ranks(), " numbers, got ",
+                                         num_rows_per_rank.size()));
+    args.num_rows_per_rank = num_rows_per_rank;
     args.dtype = static_cast<DType>(dtype);
     args.hidden = hidden;
     args.weight_bytes = weight_bytes;
-    args.routes = routes_at(std::get<0>(inputs), args.num_tokens * args.num_topk);
+    args.routes = routes_in(pointer<int32_t>(std::get<0>(inputs)),
+                            static_cast<size_t>(args.num_tokens * args.num_topk));
     args.x = pointer<const char>(std::get<1>(inputs));
     args.weights = pointer<const char>(std::get<2>(inputs));
     args.bias_0 = pointer<const char>(std::get<3>(inputs));
@@ -180,12 +219,8 @@ std::map<std::string, size_t> control_layout() {
 
 void bind_exchange(py::module_& m) {
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
-    // The buffer protocol ties the memory to whatever tensor views it.
-    py::class_<Block, std::shared_ptr<Block>>(m, "Block", py::buffer_protocol())
-        .def_buffer([](Block& block) {
-            return py::buffer_info(reinterpret_cast<uint8_t*>(block.data()),
-                                   static_cast<py::ssize_t>(block.num_bytes()));
-        })
+    py::class_<Block, std::shared_ptr<Block>>(m, "Block")
+        .def("tensor", &block_tensor)
         .def("__len__", &Block::num_bytes);
     py::class_<Dispatched>(m, "Dispatched")
         .def_readonly("is_agreed", &Dispatched::is_agreed)
@@ -194,7 +229,9 @@ void bind_exchange(py::module_& m) {
         .def_readonly("num_rows_per_rank", &Dispatched::num_rows_per_rank)
         .def_readonly("num_tokens_per_rank", &Dispatched::num_tokens_per_rank)
         .def_readonly("num_recv_tokens_per_rank", &Dispatched::num_recv_tokens_per_rank)
-        .def_readonly("valid_per_expert", &Dispatched::valid_per_expert);
+        .def_readonly("valid_per_expert", &Dispatched::valid_per_expert)
+        .def("routes", &kept_routes)
+        .def("topk_idx", &kept_topk_idx);
     // Where scales, weights and expert ids of received rows start, and where the last end.
     m.def("sections", [](const std::tuple<size_t, size_t, size_t, size_t>& row_bytes,
                          int64_t num_rows, int num_topk, bool expand, bool by_column) {

@@ -36,8 +36,11 @@ int64_t count(uintptr_t topk_idx,
               const RoutingSizes& sizes,
               uintptr_t per_rank,
               uintptr_t per_expert) {
-    return count_tokens(routing_at(topk_idx, idx_item_bytes, sizes), pointer<int32_t>(per_rank),
-                        pointer<int32_t>(per_expert));
+    const Routing routing = routing_at(topk_idx, idx_item_bytes, sizes);
+    std::vector<int32_t> unused(3 * routing.num_slots());
+    const Routes routes = routes_in(unused.data(), routing.num_slots());
+    return count_and_route(routing, pointer<int32_t>(per_rank), pointer<int32_t>(per_expert),
+                           routes);
 }
 
 void address(uintptr_t topk_idx,

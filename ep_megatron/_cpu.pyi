@@ -59,10 +59,11 @@ def decode_logfmt(
 MAX_EXPERTS: int
 
 class Block:
-    """Memory of the arena, through the buffer protocol; returned when the object dies."""
+    """Memory of the arena; returned when the object and all tensors of it have died."""
 
     def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def tensor(self, offset: int, dtype: tuple[int, int], shape: Sequence[int], /) -> object:
+        """Return a dense tensor in the block as a DLPack capsule; dtype is (code, bits) there."""
 
 class Dispatched:
     """What a dispatch found out, and the block its rows lie in."""
@@ -74,6 +75,10 @@ class Dispatched:
     num_tokens_per_rank: list[int]
     num_recv_tokens_per_rank: list[int]
     valid_per_expert: list[int]
+    def routes(self) -> object:
+        """Return `[3, T, K]` int32 of a fresh dispatch as a DLPack capsule; filled as rows are."""
+    def topk_idx(self) -> object | None:
+        """Return the copy of topk_idx likewise; None with `expand`."""
 
 class Report:
     """One rank's word on a call."""
@@ -157,6 +162,7 @@ class Exchange:
         self,
         call: Sequence[int],
         sizes: tuple[int, int, bool, int],
+        num_rows_per_rank: Sequence[int],
         dtype: int,
         hidden: int,
         weight_bytes: int,

@@ -111,7 +111,7 @@ class Calls:
             return EventOverlap(self.stream.submit(_as_here(run), operation))
         # On a GPU the caller's stream orders everything; the host has nothing to do behind it.
         self.stream.synchronize()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             with torch.no_grad():
                 run()
         else:

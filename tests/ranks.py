@@ -35,7 +35,7 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
 
 
 def drop_groups(kept: Collection[Any] = ()) -> None:
-    """Leave all groups but the world and `kept`, where no rank is in a call: gloo polls for each."""
+    """Leave all groups but the world and `kept`, out of any call: gloo polls for each."""
     state = sys.modules.get("megatron.core.parallel_state")
     if state is not None:
         state.destroy_model_parallel()

@@ -197,12 +197,7 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
     Post& post = meeting_->own_post();
     OwnCounts own;
     if (args.operation == kDispatch) {
-        const int64_t wrong = own.count(args.routing);
-        own.write(post);
-        if (wrong != kAllInRange)
-            write_error(post, kBadArguments,
-                        text("expected topk_idx to be in [0, ", args.routing.num_experts,
-                             "), or -1 for an unused slot, got ", wrong));
+        count(args, own);
     }
     std::shared_ptr<Block> block = args.block != nullptr ? args.block : arena_->allocate_largest();
     Offer offer{kNoPlace, 0, kNoPlace, 0};
@@ -218,6 +213,20 @@ Dispatched Exchange::dispatch(const DispatchArgs& args) {
     return result;
 }
 
+/// Count where this rank's rows go, and post that, or what is wrong with them.
+void Exchange::count(const DispatchArgs& args, OwnCounts& own) {
+    Post& post = meeting_->own_post();
+    if (args.kept.memory == nullptr)
+        return write_error(post, kNoMemory, "no memory for the handle");
+    const int64_t wrong = own.count(args.routing, args.routes);
+    own.write(post);
+    args.kept.copy_idx(args.routing);
+    if (wrong != kAllInRange)
+        write_error(post, kBadArguments,
+                    text("expected topk_idx to be in [0, ", args.routing.num_experts,
+                         "), or -1 for an unused slot, got ", wrong));
+}
+
 Dispatched Exchange::dispatch_agreed(const DispatchArgs& args,
                                      const OwnCounts& own,
                                      const Offer& offer,
@@ -227,7 +236,8 @@ Dispatched Exchange::dispatch_agreed(const DispatchArgs& args,
     PeerCounts counts(routing, rank_, own);
     Dispatched result = plan(args, counts);
     const std::vector<char*> rows = places(args, result.num_rows_per_rank, offer, block);
-    if (args.operation == kDispatch) make_routes(routing, counts.totals(), rank_, args.routes);
+    std::vector<int64_t> starts;
+    if (args.operation == kDispatch) starts = first_rows(routing, counts.totals(), rank_);
     const std::vector<int64_t> num_sent = rows_sent(args, own, result);
     std::vector<Target> targets;
     for (size_t rank = 0; rank < rows.size(); ++rank)
@@ -240,7 +250,7 @@ Dispatched Exchange::dispatch_agreed(const DispatchArgs& args,
     } catch (...) {
         announcing = std::current_exception();
     }
-    push(args, targets);
+    push(args, targets, starts);
     clear_padding(args, result);
     meeting_->finish();
     const double start = monotonic_seconds();
@@ -277,6 +287,7 @@ Dispatched Exchange::plan(const DispatchArgs& args, PeerCounts& counts) const {
         result.valid_per_expert = args.valid_per_expert;
         return result;
     }
+    result.kept = args.kept;
     for (int rank = 0; rank < routing.num_ranks; ++rank) counts.read(rank, meeting_->post_of(rank));
     const Totals totals = counts.totals();
     for (int rank = 0; rank < routing.num_ranks; ++rank) {
@@ -343,8 +354,23 @@ std::vector<char*> Exchange::places(const DispatchArgs& args,
                              errors, "; raise max_bytes or free memory in ", folder_));
 }
 
-void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets) {
+/// Write every row to its destinations. `starts`: what a fresh dispatch's routes count from, added
+/// to them on the way; empty where they say it all.
+void Exchange::push(const DispatchArgs& args,
+                    const std::vector<Target>& targets,
+                    const std::vector<int64_t>& starts) {
     const Routing& routing = args.routing;
+    const auto row_of = [&](size_t token, size_t at, int rank) {
+        int32_t& row = args.routes.row[at];
+        if (!starts.empty()) {
+            const auto key = routing.expand
+                                 ? routing.expert(token * static_cast<size_t>(routing.num_topk) +
+                                                  static_cast<size_t>(args.routes.slot[at]))
+                                 : rank;
+            row += static_cast<int32_t>(starts[static_cast<size_t>(key)]);
+        }
+        return static_cast<size_t>(row);
+    };
     const RowBytes& bytes = args.row_bytes;
     const auto num_topk = static_cast<size_t>(routing.num_topk);
     const int num_copies =
@@ -373,7 +399,7 @@ void Exchange::push(const DispatchArgs& args, const std::vector<Target>& targets
                 const int rank = args.routes.rank[at];
                 if (rank < 0) break;
                 const Target& target = targets[static_cast<size_t>(rank)];
-                const auto row = static_cast<size_t>(args.routes.row[at]);
+                const size_t row = row_of(token, at, rank);
                 copy(target.rows + row * bytes.x, source, bytes.x);
                 const Sections& sections = target.sections;
                 if (bytes.scales != 0)
@@ -500,39 +526,74 @@ Exchange::Staged Exchange::stage(const CombineArgs& args) {
     return staged;
 }
 
+/// What the threads of a loop over tokens say of the rows they took.
+class PulledRows {
+ public:
+    explicit PulledRows(size_t num_ranks) : num_rows_(num_ranks, 0) {}
+
+    void add(const std::vector<int64_t>& num_rows) {
+        const std::lock_guard lock(mutex_);
+        for (size_t rank = 0; rank < num_rows.size(); ++rank) num_rows_[rank] += num_rows[rank];
+    }
+
+    void fail_at(int64_t rank, int64_t row) {
+        const std::lock_guard lock(mutex_);
+        error_ = text("the handle leads to row ", row, " of rank ", rank, " of ", num_rows_.size());
+    }
+
+    /// By rank. Throws where a route led nowhere.
+    const std::vector<int64_t>& totals() const {
+        if (!error_.empty()) fail(error_);
+        return num_rows_;
+    }
+
+ private:
+    std::mutex mutex_;
+    std::vector<int64_t> num_rows_;
+    std::string error_;
+};
+
 /// Returns how many rows came from each rank.
 std::vector<int64_t> Exchange::pull(const CombineArgs& args) {
     const size_t row_bytes = args.hidden * item_size(args.dtype);
     const auto num_topk = static_cast<size_t>(args.num_topk);
     const bool is_streaming = streams(static_cast<size_t>(args.num_tokens) * row_bytes);
-    const RouteTotals totals(args.routes, args.num_tokens, args.num_topk, num_ranks());
     std::vector<const char*> rows, weights;
     for (int rank = 0; rank < meeting_->num_ranks(); ++rank) {
         const Offer offer = offer_of(meeting_->post_of(rank));
-        const auto num_rows = static_cast<size_t>(totals.end_row[static_cast<size_t>(rank)]);
+        const int64_t num_rows = args.num_rows_per_rank[static_cast<size_t>(rank)];
+        if (num_rows < 0 || num_rows > std::numeric_limits<int32_t>::max())
+            fail("the handle counts ", num_rows, " rows on rank ", rank);
         const auto place = [&](uint64_t offset, size_t num_bytes, size_t alignment) {
             if (num_bytes == 0) return static_cast<const char*>(nullptr);  // nothing comes from it
             return static_cast<const char*>(checked_place(*segments_[static_cast<size_t>(rank)],
                                                           rank, offset, num_bytes, offer.committed,
                                                           alignment));
         };
-        rows.push_back(place(offer.rows_offset, num_rows * row_bytes, 1));
-        weights.push_back(place(offer.weights_offset,
-                                num_rows * args.weight_bytes * (args.expand ? 1 : num_topk), 8));
+        const size_t num_weights = static_cast<size_t>(num_rows) * (args.expand ? 1 : num_topk);
+        rows.push_back(place(offer.rows_offset, static_cast<size_t>(num_rows) * row_bytes, 1));
+        weights.push_back(place(offer.weights_offset, num_weights * args.weight_bytes, 8));
     }
     const RowKernels& kernels = row_kernels();
+    PulledRows pulled(rows.size());
     workers_.run(args.num_tokens, rows_per_thread(row_bytes), [&](int64_t begin, int64_t end) {
         const void* addends[kMaxTopk];
         int group_ends[kMaxTopk];
+        std::vector<int64_t> num_pulled(rows.size(), 0);
         for (auto token = static_cast<size_t>(begin); token < static_cast<size_t>(end); ++token) {
             const int32_t* ranks = args.routes.rank + token * num_topk;
             const int32_t* places = args.routes.row + token * num_topk;
             int num_rows = 0, num_groups = 0;
             for (; num_rows < args.num_topk && ranks[num_rows] >= 0; ++num_rows) {
+                const auto rank = static_cast<size_t>(ranks[num_rows]);
+                const int64_t row = places[num_rows];
+                // A handle is the caller's, and may hold anything.
+                if (rank >= rows.size() || row < 0 || row >= args.num_rows_per_rank[rank])
+                    return pulled.fail_at(ranks[num_rows], row);
+                ++num_pulled[rank];
                 if (num_rows > 0 && ranks[num_rows] != ranks[num_rows - 1])
                     group_ends[num_groups++] = num_rows;
-                addends[num_rows] = rows[static_cast<size_t>(ranks[num_rows])] +
-                                    static_cast<size_t>(places[num_rows]) * row_bytes;
+                addends[num_rows] = rows[rank] + static_cast<size_t>(row) * row_bytes;
             }
             if (num_rows > 0) group_ends[num_groups++] = num_rows;
             const auto bias = [&](const char* bias) -> const void* {
@@ -543,10 +604,12 @@ std::vector<int64_t> Exchange::pull(const CombineArgs& args) {
                            is_streaming);
         }
         if (is_streaming) stream_fence();
+        pulled.add(num_pulled);
     });
+    const std::vector<int64_t> num_pulled = pulled.totals();
     if (args.weight_bytes == 4) pull_weights<float>(args, weights);
     if (args.weight_bytes == 8) pull_weights<double>(args, weights);
-    return totals.num_rows;
+    return num_pulled;
 }
 
 template <class Weight>

@@ -52,7 +52,8 @@ struct DispatchArgs {
     uint32_t operation;  // dispatch or cached dispatch
     std::vector<int64_t> call;
     Routing routing;                         // cached: without topk_idx
-    Routes routes;                           // written by a dispatch, read by a cached one
+    KeptRouting kept;                        // not cached: filled
+    Routes routes;                           // of `kept`, or of a handle
     std::vector<int64_t> num_rows_per_rank;  // cached only
     std::vector<int64_t> valid_per_expert;   // cached only, of this rank's experts
     RowBytes row_bytes;                      // as they travel
@@ -70,6 +71,7 @@ struct Dispatched {
     bool is_agreed = false;
     std::shared_ptr<Block> block;  // its parts lie as Sections says
     bool must_copy = false;        // too many bytes are in views already
+    KeptRouting kept;              // of a dispatch that was not cached
     std::vector<int64_t> num_rows_per_rank;
     std::vector<int64_t> num_tokens_per_rank;       // this rank's, by destination
     std::vector<int64_t> num_recv_tokens_per_rank;  // by source
@@ -79,6 +81,7 @@ struct Dispatched {
 struct CombineArgs {
     std::vector<int64_t> call;
     Routes routes;
+    std::vector<int64_t> num_rows_per_rank;  // that each rank brings
     int64_t num_tokens;
     int num_topk;
     bool expand;
@@ -158,6 +161,7 @@ class Exchange {
     bool meet();
     template <class Call>
     auto take_part(const std::shared_ptr<Block>& block, const Call& call);
+    void count(const DispatchArgs& args, OwnCounts& own);
     Dispatched dispatch_agreed(const DispatchArgs& args,
                                const OwnCounts& own,
                                const Offer& offer,
@@ -171,7 +175,9 @@ class Exchange {
                               const std::vector<int64_t>& num_rows,
                               const Offer& own_offer,
                               std::shared_ptr<Block>& block);
-    void push(const DispatchArgs& args, const std::vector<Target>& targets);
+    void push(const DispatchArgs& args,
+              const std::vector<Target>& targets,
+              const std::vector<int64_t>& starts);
     void clear_padding(const DispatchArgs& args, const Dispatched& result);
     Staged stage(const CombineArgs& args);
     std::vector<int64_t> pull(const CombineArgs& args);

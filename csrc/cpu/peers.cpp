@@ -67,10 +67,10 @@ char* checked_place(Segment& segment,
     return segment.base() + offset;
 }
 
-int64_t OwnCounts::count(const Routing& routing) {
+int64_t OwnCounts::count(const Routing& routing, Routes routes) {
     per_rank.assign(static_cast<size_t>(routing.num_ranks), 0);
     per_expert.assign(static_cast<size_t>(routing.num_experts), 0);
-    return count_tokens(routing, per_rank.data(), per_expert.data());
+    return count_and_route(routing, per_rank.data(), per_expert.data(), routes);
 }
 
 void OwnCounts::write(Post& post) const {

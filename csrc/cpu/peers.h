@@ -40,8 +40,8 @@ char* checked_place(Segment& segment,
 /// This rank's counts, in memory of its own; empty for a cached dispatch.
 struct OwnCounts {
     std::vector<int32_t> per_rank, per_expert;
-    /// Returns what count_tokens() returns.
-    int64_t count(const Routing& routing);
+    /// Fills `routes` too; see count_and_route().
+    int64_t count(const Routing& routing, Routes routes);
     void write(Post& post) const;
     /// Rows to each rank.
     std::vector<int64_t> num_rows(const Routing& routing) const;

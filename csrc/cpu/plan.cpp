@@ -1,11 +1,15 @@
 #include "cpu/plan.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 namespace ep {
 namespace {
 
 constexpr int kMaxTopk = 256;  // room for a slot's number beside its rank's
+constexpr size_t kLineBytes = 64;
 
 /// A division per slot is most of the time of planning; a look-up is not.
 std::vector<int32_t> ranks_of_experts(const Routing& routing) {
@@ -58,85 +62,82 @@ class Destinations {
     std::vector<int32_t> first_slot_;
 };
 
-template <class Index>
-int64_t count(const Routing& routing,
-              const Index* topk_idx,
-              int32_t* per_rank,
-              int32_t* per_expert) {
-    const std::vector<int32_t> rank_of = ranks_of_experts(routing);
-    std::vector<int64_t> last_token(static_cast<size_t>(routing.num_ranks), -1);
-    for (int64_t token = 0; token < routing.num_tokens; ++token) {
-        for (int slot = 0; slot < routing.num_topk; ++slot, ++topk_idx) {
-            const int64_t expert = *topk_idx;
-            if (expert < -1 || expert >= routing.num_experts) return expert;
-            if (expert < 0) continue;
-            ++per_expert[expert];
-            const auto rank = static_cast<size_t>(rank_of[static_cast<size_t>(expert)]);
-            per_rank[rank] += last_token[rank] != token;
-            last_token[rank] = token;
-        }
-    }
-    return kAllInRange;
-}
+/// What addressing goes by, and what it counts.
+struct Addressing {
+    std::vector<int64_t> next;  // the row that this rank's next token takes, by rank or expert
+    std::vector<int32_t> tokens_per_rank;
+    Routes routes;
 
-/// The row that the next token of `source` takes: per expert (expand) or per destination rank.
-std::vector<int64_t> first_rows(const Routing& routing, const Totals& totals, int source) {
-    const int num_keys = routing.expand ? routing.num_experts : routing.num_ranks;
-    std::vector<int64_t> rows(static_cast<size_t>(num_keys), 0);
-    const auto& counts = routing.expand ? totals.per_expert : totals.per_rank;
-    int64_t start = 0;  // of the expert's block on its rank
-    for (int key = 0; key < num_keys; ++key) {
-        if (routing.expand && key % routing.experts_per_rank() == 0) start = 0;
-        int64_t& row = rows[static_cast<size_t>(key)];
-        row = start;
-        for (int rank = 0; rank < source; ++rank) row += counts[static_cast<size_t>(rank)][key];
-        if (routing.expand) start += totals.block_rows(routing, key);
-    }
-    return rows;
-}
+    Addressing(const Routing& routing, Routes to)
+        : next(static_cast<size_t>(routing.expand ? routing.num_experts : routing.num_ranks), 0),
+          tokens_per_rank(static_cast<size_t>(routing.num_ranks), 0),
+          routes(to) {}
+};
 
 /// A row per token and rank.
-template <bool kIsOneWord, class Index>
-void address_tokens(const Routing& routing,
-                    const Index* topk_idx,
-                    std::vector<int64_t> next,
-                    Routes routes) {
-    Destinations<kIsOneWord> destinations(routing);
-    for (int64_t token = 0; token < routing.num_tokens; ++token, topk_idx += routing.num_topk) {
+template <bool kIsOneWord>
+class TokenAddresses {
+ public:
+    TokenAddresses(const Routing& routing, Addressing& addressing)
+        : destinations_(routing), num_topk_(routing.num_topk), to_(addressing) {}
+
+    template <class Index>
+    void operator()(const Index* experts) {
         int route = 0;
-        destinations.for_each(topk_idx, [&](size_t rank, int32_t slot) {
-            routes.set(route++, static_cast<int32_t>(rank), next[rank]++, slot);
+        destinations_.for_each(experts, [&](size_t rank, int32_t slot) {
+            to_.routes.set(route++, static_cast<int32_t>(rank), to_.next[rank]++, slot);
+            ++to_.tokens_per_rank[rank];
         });
-        routes.end_token(route, routing.num_topk);
+        to_.routes.end_token(route, num_topk_);
     }
-}
+
+ private:
+    Destinations<kIsOneWord> destinations_;
+    const int num_topk_;
+    Addressing& to_;
+};
 
 /// A row per token and slot, a token's slots in ascending order by rank, then slot.
-template <class Index>
-void address_slots(const Routing& routing,
-                   const Index* topk_idx,
-                   std::vector<int64_t> next,
-                   Routes routes) {
-    const std::vector<int32_t> rank_of = ranks_of_experts(routing);
-    // Rank and slot in one number, to move one array only.
-    int32_t sorted[kMaxTopk];
-    for (int64_t token = 0; token < routing.num_tokens; ++token, topk_idx += routing.num_topk) {
+class SlotAddresses {
+ public:
+    SlotAddresses(const Routing& routing, Addressing& addressing)
+        : rank_of_(ranks_of_experts(routing)), num_topk_(routing.num_topk), to_(addressing) {}
+
+    template <class Index>
+    void operator()(const Index* experts) {
+        // Rank and slot in one number, to move one array only.
+        int32_t sorted[kMaxTopk];
         int num_routes = 0;
-        for (int slot = 0; slot < routing.num_topk; ++slot) {
-            if (topk_idx[slot] < 0) continue;
-            const int32_t rank = rank_of[static_cast<size_t>(topk_idx[slot])];
+        for (int slot = 0; slot < num_topk_; ++slot) {
+            if (experts[slot] < 0) continue;
+            const int32_t rank = rank_of_[static_cast<size_t>(experts[slot])];
             const int32_t key = rank * kMaxTopk + slot;
             int place = num_routes++;
             for (; place > 0 && sorted[place - 1] > key; --place) sorted[place] = sorted[place - 1];
             sorted[place] = key;
         }
+        int32_t last_rank = -1;
         for (int route = 0; route < num_routes; ++route) {
-            const int32_t slot = sorted[route] % kMaxTopk;
-            routes.set(route, sorted[route] / kMaxTopk, next[static_cast<size_t>(topk_idx[slot])]++,
-                       slot);
+            const int32_t slot = sorted[route] % kMaxTopk, rank = sorted[route] / kMaxTopk;
+            to_.routes.set(route, rank, to_.next[static_cast<size_t>(experts[slot])]++, slot);
+            to_.tokens_per_rank[static_cast<size_t>(rank)] += rank != last_rank;
+            last_rank = rank;
         }
-        routes.end_token(num_routes, routing.num_topk);
+        to_.routes.end_token(num_routes, num_topk_);
     }
+
+ private:
+    const std::vector<int32_t> rank_of_;
+    const int num_topk_;
+    Addressing& to_;
+};
+
+/// Call `work` with what addresses a token.
+template <class Work>
+auto with_addresses(const Routing& routing, Addressing& addressing, const Work& work) {
+    if (routing.expand) return work(SlotAddresses(routing, addressing));
+    if (routing.num_ranks <= 64) return work(TokenAddresses<true>(routing, addressing));
+    return work(TokenAddresses<false>(routing, addressing));
 }
 
 /// Call `work` with the routing's topk_idx as what it points to.
@@ -144,6 +145,17 @@ template <class Work>
 auto with_indices(const Routing& routing, const Work& work) {
     if (routing.is_int64) return work(static_cast<const int64_t*>(routing.topk_idx));
     return work(static_cast<const int32_t*>(routing.topk_idx));
+}
+
+/// Check one token's experts and count them; kAllInRange, or what is no expert and not -1.
+template <class Index>
+int64_t count_experts(const Routing& routing, const Index* experts, int32_t* per_expert) {
+    for (int slot = 0; slot < routing.num_topk; ++slot) {
+        const int64_t expert = experts[slot];
+        if (expert < -1 || expert >= routing.num_experts) return expert;
+        if (expert >= 0) ++per_expert[expert];
+    }
+    return kAllInRange;
 }
 
 }  // namespace
@@ -161,21 +173,73 @@ void Routes::end_token(int num_routes, int num_topk) {
     slot += num_topk;
 }
 
-int64_t count_tokens(const Routing& routing, int32_t* per_rank, int32_t* per_expert) {
-    return with_indices(routing, [&](const auto* topk_idx) {
-        return count(routing, topk_idx, per_rank, per_expert);
+KeptRouting::KeptRouting(const Routing& routing)
+    : idx_item_bytes(routing.expand     ? 0
+                     : routing.is_int64 ? 8
+                                        : 4),
+      num_tokens(routing.num_tokens),
+      num_topk(routing.num_topk) {
+    const size_t num_slots = routing.num_slots();
+    const auto whole_lines = [](size_t num_bytes) {
+        return (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+    };
+    const size_t routes_bytes = whole_lines(3 * num_slots * sizeof(int32_t));
+    const size_t num_bytes = routes_bytes + whole_lines(num_slots * idx_item_bytes) + kLineBytes;
+    memory = std::shared_ptr<void>(std::aligned_alloc(kLineBytes, num_bytes), std::free);
+    if (memory == nullptr) return;
+    routes = routes_in(static_cast<int32_t*>(memory.get()), num_slots);
+    topk_idx = static_cast<char*>(memory.get()) + routes_bytes;
+}
+
+void KeptRouting::copy_idx(const Routing& routing) const {
+    const size_t num_bytes = routing.num_slots() * idx_item_bytes;
+    if (num_bytes > 0) std::memcpy(topk_idx, routing.topk_idx, num_bytes);
+}
+
+int64_t count_and_route(const Routing& routing,
+                        int32_t* per_rank,
+                        int32_t* per_expert,
+                        Routes routes) {
+    Addressing addressing(routing, routes);
+    const int64_t wrong = with_addresses(routing, addressing, [&](auto address_token) {
+        return with_indices(routing, [&](const auto* experts) {
+            for (int64_t token = 0; token < routing.num_tokens; ++token) {
+                const int64_t no_expert = count_experts(routing, experts, per_expert);
+                if (no_expert != kAllInRange) return no_expert;
+                address_token(experts);
+                experts += routing.num_topk;
+            }
+            return kAllInRange;
+        });
     });
+    std::copy(addressing.tokens_per_rank.begin(), addressing.tokens_per_rank.end(), per_rank);
+    return wrong;
+}
+
+std::vector<int64_t> first_rows(const Routing& routing, const Totals& totals, int source) {
+    const int num_keys = routing.expand ? routing.num_experts : routing.num_ranks;
+    std::vector<int64_t> rows(static_cast<size_t>(num_keys), 0);
+    const auto& counts = routing.expand ? totals.per_expert : totals.per_rank;
+    int64_t start = 0;  // of the expert's block on its rank
+    for (int key = 0; key < num_keys; ++key) {
+        if (routing.expand && key % routing.experts_per_rank() == 0) start = 0;
+        int64_t& row = rows[static_cast<size_t>(key)];
+        row = start;
+        for (int rank = 0; rank < source; ++rank) row += counts[static_cast<size_t>(rank)][key];
+        if (routing.expand) start += totals.block_rows(routing, key);
+    }
+    return rows;
 }
 
 void make_routes(const Routing& routing, const Totals& totals, int source, Routes routes) {
-    std::vector<int64_t> next = first_rows(routing, totals, source);
-    with_indices(routing, [&](const auto* topk_idx) {
-        if (routing.expand)
-            address_slots(routing, topk_idx, std::move(next), routes);
-        else if (routing.num_ranks <= 64)
-            address_tokens<true>(routing, topk_idx, std::move(next), routes);
-        else
-            address_tokens<false>(routing, topk_idx, std::move(next), routes);
+    Addressing addressing(routing, routes);
+    addressing.next = first_rows(routing, totals, source);
+    with_addresses(routing, addressing, [&](auto address_token) {
+        with_indices(routing, [&](const auto* experts) {
+            for (int64_t token = 0; token < routing.num_tokens;
+                 ++token, experts += routing.num_topk)
+                address_token(experts);
+        });
     });
 }
 

@@ -3,16 +3,27 @@
 A block holds the rows' parts one after the other (csrc/cpu/exchange.h, `Sections`).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from ep_megatron import _cpu, casts, fp8
 from ep_megatron.backends.base import Rows
 from ep_megatron.fp8 import Fp8Recipe
 from ep_megatron.handle import DispatchHandle
+
+# Code and bits, as in DLPack.
+_DLPACK_TYPES = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,10 @@ def _view_scales(
 
 def view(block: _cpu.Block, offset: int, like: Tensor, *shape: int) -> Tensor:
     """Look at a part of a block as a tensor, which keeps the block alive."""
-    count = math.prod(shape)
-    if count == 0:
-        return like.new_empty(shape)
-    return torch.frombuffer(block, dtype=like.dtype, count=count, offset=offset).view(shape)
+    dtype = like.dtype
+    # float8 is newer in DLPack than in torch.
+    is_known = dtype in _DLPACK_TYPES
+    tensor = from_dlpack(
+        block.tensor(offset, _DLPACK_TYPES[dtype if is_known else torch.uint8], shape)
+    )
+    return tensor if is_known else tensor.view(dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from ep_megatron import _cpu, casts
 from ep_megatron.arguments import SUM_DTYPES
@@ -100,10 +101,8 @@ class SharedMemoryBackend:
     ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
         rows, routing = rows.contiguous(), routing.contiguous()
-        num_tokens, num_topk = routing.topk_idx.shape
-        routes = torch.empty(3, num_tokens, num_topk, dtype=torch.int32)
         idx = None if routing.expand else routing.topk_idx
-        arrival = Arrival(rows, idx, num_topk, routing.expand)
+        arrival = Arrival(rows, idx, routing.topk_idx.shape[1], routing.expand)
         planned: tuple[Rows, DispatchHandle] | None = None
 
         def plan(result: _cpu.Dispatched) -> None:
@@ -112,13 +111,13 @@ class SharedMemoryBackend:
             received = arrival.views(result.block, num_rows)
             if result.must_copy or rows.widen_to is not None:
                 received = self._new_place(arrival, num_rows)
-            planned = received, self._handle(result, routing, routes)
+            planned = received, self._handle(result, routing)
             if announce is not None:
                 announce(*planned)
 
         call = Call.of("dispatch", rows, routing)
         on_planned = None if announce is None else plan
-        result = self._dispatch(call, arrival, routing.topk_idx, routes, None, None, on_planned)
+        result = self._dispatch(call, arrival, routing.topk_idx, None, None, on_planned)
         if on_planned is None:
             plan(result)
         assert planned is not None
@@ -127,10 +126,10 @@ class SharedMemoryBackend:
             self._settle(planned[0], views, rows.widen_to)
         return planned
 
-    def _handle(self, result: _cpu.Dispatched, routing: Routing, routes: Tensor) -> DispatchHandle:
+    def _handle(self, result: _cpu.Dispatched, routing: Routing) -> DispatchHandle:
         num_tokens, num_topk = routing.topk_idx.shape
         alignment = routing.expert_alignment
-        valid = tuple(result.valid_per_expert)
+        valid, topk_idx = tuple(result.valid_per_expert), result.topk_idx()
         return DispatchHandle(
             plan_id=self._num_calls,
             rank=self.rank,
@@ -140,7 +139,7 @@ class SharedMemoryBackend:
             num_experts=routing.num_experts,
             expand=routing.expand,
             expert_alignment=alignment,
-            routes=routes,
+            routes=from_dlpack(result.routes()),
             num_rows_per_rank=tuple(result.num_rows_per_rank),
             num_tokens_per_rank=tuple(result.num_tokens_per_rank),
             num_recv_tokens_per_rank=tuple(result.num_recv_tokens_per_rank),
@@ -148,7 +147,7 @@ class SharedMemoryBackend:
                 valid if alignment == 1 else tuple(-(-n // alignment) * alignment for n in valid)
             ),
             num_valid_tokens_per_expert=valid,
-            topk_idx=None if routing.expand else routing.topk_idx.clone(),
+            topk_idx=None if topk_idx is None else from_dlpack(topk_idx),
         )
 
     def new_received(
@@ -176,7 +175,7 @@ class SharedMemoryBackend:
         arrival, num_rows = arrival_along(rows, handle, with_idx), handle.num_recv_rows
         call = Call.of("cached dispatch", rows, handle)
         block = None if received is None else received.place
-        result = self._dispatch(call, arrival, handle.topk_idx, handle.routes, handle, block)
+        result = self._dispatch(call, arrival, handle.topk_idx, handle, block)
         if received is not None and block is not None:
             return received.rows
         views = arrival.views(result.block, num_rows)
@@ -207,6 +206,7 @@ class SharedMemoryBackend:
         is_agreed = self._exchange.combine(
             Call.of("combine", rows, handle),
             (handle.num_tokens, handle.num_topk, handle.expand, x.shape[0]),
+            handle.num_rows_per_rank,
             SUM_DTYPES.index(x.dtype),
             x.shape[1],
             0 if weights is None else weights.element_size(),
@@ -274,7 +274,6 @@ class SharedMemoryBackend:
         call: Call,
         arrival: Arrival,
         topk_idx: Tensor | None,
-        routes: Tensor,
         handle: DispatchHandle | None,
         block: _cpu.Block | None,
         on_planned: Callable[[_cpu.Dispatched], None] | None = None,
@@ -294,7 +293,7 @@ class SharedMemoryBackend:
             ),
             (rows.x.data_ptr(), _address(rows.scales), _address(rows.topk_weights)),
             arrival.row_bytes(),
-            routes.data_ptr(),
+            0 if handle is None else handle.routes.data_ptr(),
             None if handle is None else handle.num_rows_per_rank,
             None if handle is None else handle.num_valid_tokens_per_expert,
             arrival.cast(),
