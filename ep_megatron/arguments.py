@@ -21,7 +21,7 @@ MAX_TOPK = 128
 def check_rows(operation: str, name: str, x: Tensor, num_rows: int | None = None) -> Tensor:
     """Return `x`, or raise: `[num_rows, H]`, known dtype, rows of 16-byte multiples."""
     _check_tensor(operation, name, x)
-    if x.ndim != 2 or (num_rows is not None and len(x) != num_rows):
+    if x.ndim != 2 or (num_rows is not None and x.shape[0] != num_rows):
         expected = "*" if num_rows is None else str(num_rows)
         raise _error(operation, name, f"[{expected}, hidden]", str(list(x.shape)))
     if x.dtype not in DTYPES:

@@ -276,7 +276,7 @@ class Calls:
             exact_handle = exact(handle)
             num_rows, weights = exact_handle.num_recv_rows, rows.topk_weights
             there = rows
-            if num_rows != len(rows.x):
+            if num_rows != rows.x.shape[0]:
                 weights = None if weights is None else weights[:num_rows]
                 there = replace(rows, x=rows.x[:num_rows], topk_weights=weights)
             self._backend.combine(there, exact_handle, biases, combined)

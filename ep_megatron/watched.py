@@ -1,6 +1,7 @@
 """What can be asked of a Buffer while it works: its statistics, also from outside the process."""
 
-from collections.abc import Sequence
+import threading
+from collections import deque
 
 from ep_megatron.backends.base import Backend, CountingBackend
 from ep_megatron.backends.packed import LOW_LATENCY_OPERATIONS, LowLatencyBackend
@@ -11,6 +12,7 @@ from ep_megatron.live import StatisticsFile, statistics_folder
 from ep_megatron.statistics import BufferStatistics, CallCounts
 
 _WORTH_COUNTING = LOW_LATENCY_OPERATIONS[:2]
+_COUNTED_AT_ONCE = 64
 
 
 class Watched:
@@ -48,20 +50,30 @@ class Watched:
         operations = dict(self._backend.statistics().operations)
         if self._low_latency is not None:
             operations |= self._packed_counts.operations(_WORTH_COUNTING)
-        rows = {number: tuple(counts) for number, counts in self._expert_rows.items()}
-        return BufferStatistics(self.rank, operations, rows)
+        return BufferStatistics(self.rank, operations, self._expert_counts())
 
     def _count_experts(self, handle: DispatchHandle) -> None:
-        counts = handle.num_valid_tokens_per_expert
-        before = self._expert_rows.get(handle.num_experts, (0,) * len(counts))
-        self._expert_rows[handle.num_experts] = [
-            old + new for old, new in zip(before, counts, strict=True)
-        ]
+        # Added up later and many at once: a dispatch is not to wait for it.
+        self._uncounted.append((handle.num_experts, handle.num_valid_tokens_per_expert))
+        if len(self._uncounted) >= _COUNTED_AT_ONCE:
+            self._expert_counts()
+
+    def _expert_counts(self) -> dict[int, tuple[int, ...]]:
+        """Add what was not counted yet; return the rows of each expert, by number of experts."""
+        with self._counting:
+            while self._uncounted:
+                number, counts = self._uncounted.popleft()
+                before = self._expert_rows.get(number, (0,) * len(counts))
+                rows = (old + new for old, new in zip(before, counts, strict=True))
+                self._expert_rows[number] = tuple(rows)
+            return dict(self._expert_rows)
 
     def _watch(self) -> None:
         """Begin to count; write files where that is asked for."""
         self._packed_counts = CallCounts(self.rank, self.group_size)
-        self._expert_rows: dict[int, Sequence[int]] = {}
+        self._expert_rows: dict[int, tuple[int, ...]] = {}
+        self._uncounted: deque[tuple[int, tuple[int, ...]]] = deque()
+        self._counting = threading.Lock()
         folder = statistics_folder(self.config.statistics_dir)
         if folder is not None and isinstance(self._backend, CountingBackend):
             file = StatisticsFile(folder, self.rank, self.group_size, self._backend.name)

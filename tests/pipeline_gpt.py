@@ -222,6 +222,7 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
     Rows and gradients travel to the experts as `wire` says.
     """
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings import RotaryEmbedding
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -246,6 +247,7 @@ def pipeline_ranks(name: str, layout: Layout, wire: str = "bf16") -> Iterator[No
             # Globals of Megatron's, as long as the first model that used them has layers.
             get_moe_layer_wise_logging_tracker().clear()
             MTPLossLoggingHelper.tracker = {}
+            RotaryEmbedding.forward.cache_clear()  # holds models, and so their groups
             parallel_state.destroy_model_parallel()
         drop_groups(groups_before)
 

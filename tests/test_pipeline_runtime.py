@@ -1,7 +1,9 @@
 """What the runtime refuses, how it ends when a rank is late, evaluation, and what it records."""
 
 import dataclasses
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,24 @@ def _evaluate(rank: int, name: str, num_microbatches: int) -> None:
 )
 def test_evaluation_gives_the_losses_of_the_whole_model(name: str, num_microbatches: int) -> None:
     run_on_ranks(2, _evaluate, name, num_microbatches)
+
+
+def _leave(rank: int) -> None:
+    from megatron.core import parallel_state
+
+    with pipeline_ranks("dualpipev", TWO):
+        chunks = build_chunks("dualpipev", SMALL, TWO)
+        run_schedule("dualpipev", SMALL, chunks, 0)
+        group = weakref.ref(parallel_state.get_pipeline_model_parallel_group())
+        assert group() is not None
+        del chunks
+    gc.collect()
+    assert group() is None
+
+
+def test_a_schedule_keeps_no_group_alive() -> None:
+    """Gloo polls for each: what is kept for the next step would slow down every later layout."""
+    run_on_ranks(2, _leave)
 
 
 def _swapped(num_ranks: int, num_microbatches: int, num_chunks: int) -> Schedule:

@@ -285,7 +285,7 @@ class SharedMemoryBackend:
             _address(topk_idx),
             0 if topk_idx is None else topk_idx.element_size(),
             (
-                len(rows.x),
+                rows.x.shape[0],
                 call.num_topk,
                 call.num_experts,
                 bool(call.expand),

@@ -11,7 +11,8 @@ passes on, as Megatron's own combined 1F1B has it.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +92,9 @@ class ForwardBackward:
             )
         self.schedule, self.settings = schedule, settings
         self.recorder: Recorder | None = None
-        self._wires: dict[Any, Wire] = {}
-        self._agreed: set[tuple[Any, str]] = set()
+        # By pipeline or expert group, whose end they must not put off.
+        self._channels: MutableMapping[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        self._agreed: MutableMapping[Any, set[str]] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
     def recorded(self, pp_rank: int) -> Iterator[Recorder]:
@@ -204,7 +206,7 @@ class ForwardBackward:
         groups = [request.groups.pp, expert_group(request.models)]
         digest = schedule.digest()
         for group in groups:
-            if group is None or group.size() == 1 or (group, digest) in self._agreed:
+            if group is None or group.size() == 1 or digest in self._agreed.get(group, ()):
                 continue
             meeting = Meeting(group, self.settings.timeout)
             about = f"{schedule.name} {schedule.num_microbatches} {digest[:32]}"
@@ -216,13 +218,12 @@ class ForwardBackward:
                     f"micro-batches, digest), got {answers[others[0]]} on rank {others[0]} of the "
                     "group; give all ranks the same"
                 )
-            self._agreed.add((group, digest))
+            self._agreed.setdefault(group, set()).add(digest)
 
     def _execute(self, step: Step, schedule: Schedule, shape: tuple[int, ...] | None) -> None:
         group, device = step.request.groups.pp, step.device
-        wire = self._wires.get((group, device))
-        if wire is None:
-            wire = self._wires[group, device] = Wire(group, device, self.settings.timeout)
+        channels = self._channels.setdefault(group, {})
+        wire = Wire(group, device, self.settings.timeout, channels)
         early = self.settings.launch_early
         options = Options(
             overlap=self.settings.overlap,

@@ -56,12 +56,19 @@ class Wire:
         group: the pipeline ranks.
         device: of the tensors.
         timeout: seconds that a wait may take.
+        groups: what earlier wires of `group` have made, to be used again.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout: float,
+        groups: dict[tuple[int, ...], dist.ProcessGroup],
+    ) -> None:
         self.group, self.device, self.timeout = group, device, timeout
         self.ranks = dist.get_process_group_ranks(group)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups = groups
 
     def connect(self, links: list[Link]) -> None:
         """Make what the links need; collective between the two ends of each, in any case once."""
