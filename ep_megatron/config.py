@@ -37,6 +37,11 @@ class BufferConfig:
             one value that may differ between ranks.
         float32_between_hosts: whether `hierarchical` returns a host's sums in float32, twice the
             bytes, instead of rounded to the dtype of the rows.
+        reduce_before_combine: whether `cuda` sums a token's expert-major rows on their rank, rounds
+            the sum to the dtype of the rows and sends back that one row, instead of all of them:
+            fewer bytes over NVLink, other last bits than other backends'. Sums in float32 and
+            float64 need no rounding; rows of these dtypes are so reduced wherever they have to be
+            copied anyway.
         statistics_dir: folder to which each rank writes its statistics, at most once a second, for
             `ep-megatron doctor --live`; None takes the environment variable
             `EP_MEGATRON_STATISTICS_DIR`, and without it writes nothing.
@@ -56,6 +61,7 @@ class BufferConfig:
     shm_dir: str = "/dev/shm"
     host_id: str | None = None
     float32_between_hosts: bool = False
+    reduce_before_combine: bool = False
     statistics_dir: str | None = None
     check_rows: bool | None = None
 

@@ -56,6 +56,9 @@ class DispatchHandle:
         topk_idx: `[T, K]`, a copy, only without `expand`: which slots' weights go where.
         recv_row: `[M, K]` int64, only from a backend where rows travel once per rank: the
             expert-major row of each received (token, slot), or -1.
+        links: `[N, 2]` int32 for N expert-major rows, only from backend `cuda` and where a token
+            may have several of them on a rank: the first of a row's token (-1 for padding) and the
+            one behind it (-1 for none), in slot order.
         hop: only from a backend where rows travel once per host.
     """
 
@@ -75,6 +78,7 @@ class DispatchHandle:
     num_valid_tokens_per_expert: tuple[int, ...]
     topk_idx: Tensor | None = None
     recv_row: Tensor | None = None
+    links: Tensor | None = None
     hop: HostHop | None = None
 
     @property

@@ -16,12 +16,15 @@ from ep_megatron.fp8 import FP8, MXFP8, Fp8Recipe
 from ep_megatron.handle import DispatchHandle
 from tests.routing import CASES, Case
 from tests.test_dispatch import HANDLE_NUMBERS, bits
+from tests.test_hierarchical import node_sums
 
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
-from tests.cuda.emulated import Ranks
+from tests.cuda.emulated import NUM_SMS, Ranks
+from tests.cuda.nic import gathered
 
 SMALL = [case for case in CASES if case.hidden <= 64]
+REPEATED = next(case for case in SMALL if case.name == "an expert repeated in a token")
 RECIPES = [
     FP8,
     Fp8Recipe(scales="packed_ue8m0", layout="column_major"),
@@ -119,6 +122,53 @@ def test_no_interleaving_races_or_changes_a_bit(mode: str, seed: int) -> None:
         for expand in (False, True):
             ranks.run(check_case, case, torch.bfloat16, expand)
         no_report(ranks)
+
+
+def check_reduced(backend: Backend, reference: Backend, case: Case, dtype: torch.dtype) -> None:
+    """Rows summed on their rank: each rank's sum is rounded, wherever its rows lie."""
+    rank = backend.rank
+    routing = Routing(case.topk_idx(rank), case.num_experts, True, case.alignment)
+    sent = Rows(case.x(rank, dtype), topk_weights=case.weights(rank))
+    (mine, handle), (other, other_handle) = (
+        b.dispatch(sent, routing) for b in (backend, reference)
+    )
+    same_rows(mine, other)
+    biases = [case.x(rank, dtype) + 1, case.x(rank, dtype) * 3]
+    y = (mine.x.double().sin() * 3).to(dtype)
+    for rows in (replace(mine, x=y), mine):
+        everyone = gathered(reference, rows.x)
+        for used in ([], biases):
+            out, out_weights = backend.combine(rows, handle, used)
+            same(out, node_sums("ABC"[: case.num_ranks], other_handle, everyone, used, dtype))
+            same(out_weights, reference.combine(other, other_handle)[1])
+
+
+@pytest.mark.parametrize("mode", ["race", "weak"])
+def test_rows_may_be_reduced_before_they_are_combined(mode: str) -> None:
+    config = BufferConfig(timeout=1e9, num_sms=NUM_SMS, reduce_before_combine=True)
+    for case in (REPEATED, Case("reduced", (9, 8, 7), num_topk=7, alignment=4, style="holes")):
+        ranks = Ranks(case.num_ranks, 0, mode, config)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            ranks.run(check_reduced, case, dtype)
+        no_report(ranks)
+
+
+def check_mixed(backend: Backend, reference: Backend, case: Case) -> None:
+    """Rows that lie in the arena are read where they are; rank 0's, which do not, are reduced."""
+    x = case.x(backend.rank, torch.float32)
+    routing = Routing(case.topk_idx(backend.rank), case.num_experts, expand=True)
+    (mine, handle), (other, other_handle) = (
+        b.dispatch(Rows(x), routing) for b in (backend, reference)
+    )
+    rows = replace(mine, x=mine.x.clone()) if backend.rank == 0 else mine
+    same(backend.combine(rows, handle)[0], reference.combine(other, other_handle)[0])
+
+
+def test_some_ranks_reduce() -> None:
+    ranks = Ranks(REPEATED.num_ranks)
+    ranks.run(check_mixed, REPEATED)
+    launched = [{launch.kernel for launch in device.launches} for device in ranks.devices]
+    assert ["ep_reduce_float32_kernel" in kernels for kernels in launched] == [True, False]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=["fp8", "packed_columns", "mxfp8_columns"])

@@ -56,7 +56,7 @@ def test_rows_move_in_accesses_of_16_bytes() -> None:
     counts = dict(re.findall(r"^(\w+): (.*)$", text, re.MULTILINE))
     for kernel, accesses in counts.items():
         assert "other" not in accesses, kernel  # generic, local or atomic
-        if re.search("dispatch|combine|stage|push|take|sum", kernel):
+        if re.search("dispatch|expand|combine|reduce|stage|push|take|sum", kernel):
             assert "ld.global.16" in accesses, kernel
             assert "st.global.16" in accesses, kernel
 
@@ -77,6 +77,14 @@ PLANS = {
     "the columns of topk_idx": lambda: _cuda.plan_dispatch(dispatch_args(num_topk=33), 8),
     "the bytes of a row": lambda: _cuda.plan_dispatch(
         dispatch_args(row_bytes=24, out_row_bytes=24), 8
+    ),
+    "the bytes of a link": lambda: _cuda.plan_dispatch(dispatch_args(link_bytes=4), 8),
+    "the bytes of a link by expert": lambda: _cuda.plan_dispatch(dispatch_args(expand=True), 8),
+    "the address of the links": lambda: _cuda.plan_expand(
+        _cuda.ExpandArgs(num_rows=1, row_bytes=16, links=4), 8
+    ),
+    "the bytes of the rows": lambda: _cuda.plan_reduce(
+        _cuda.ReduceArgs(num_rows=2, row_bytes=16), _cuda.DType.float32, 8
     ),
     "the address of x": lambda: _cuda.plan_dispatch(dispatch_args(x=8), 8),
     "num_experts": lambda: _cuda.plan_count(

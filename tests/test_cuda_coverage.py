@@ -26,7 +26,14 @@ from tests.cuda.calls import FLOATS, RECIPES, Drawn, check, check_drawn
 from tests.cuda.emulated import EmulatedDevice, Ranks
 from tests.emulator.coverage import Coverage
 from tests.emulator.machine import Fault, Machine
-from tests.test_cuda_backend import check_errors, check_late, no_report, routing_of
+from tests.test_cuda_backend import (
+    REPEATED,
+    check_errors,
+    check_late,
+    check_reduced,
+    no_report,
+    routing_of,
+)
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 LEAST = 0.97  # of all blocks; and none is missed for a reason that is not below
@@ -38,7 +45,6 @@ UNREACHABLE = {
     "(valid + args.alignment - 1) / args.alignment": _LONG,
     "(total + args.alignment - 1) / args.alignment": _LONG,
     "i < kLoads; ++i)": _LONG,
-    "for (int64_t at = thread * 4; at < args.num_weight_bytes": _LONG,
     "i < static_cast<int>(sizeof(PostHead) / 4)": _FEW,
     "reinterpret_cast<const uint32_t*>(&args.head)[i]": _FEW,
     "rank < kMaxRanks; rank += kNotifyThreads": _FEW,
@@ -49,8 +55,8 @@ UNREACHABLE = {
     "posts[i / num_ranks].per_rank[i % num_ranks]": "four rounds, with 56 ranks and more",
     "for (int source = 0; source < num_ranks; ++source)": "no ranks",
     "for (int other = 0; other < lanes_per_token; ++other)": "three lanes more: a power of two",
-    "args.weight_bytes, args.weight_bytes)": "a weight has 8 bytes at most: no lane goes round",
-    "store_4(row + at, 0)": "the same: of weights",
+    "args.weight_bytes, args.weight_bytes, 0)": "a weight has 8 bytes at most: no lane goes round",
+    "args.link_bytes,": "a link has 8 bytes: no lane goes round",
 }
 OTHERS = ("host_waits", "ep_packed_", "ep_cross_")  # tests of their own run these
 # One block of each combine: the next row's address from its lane.
@@ -98,6 +104,17 @@ def long_rows() -> Iterator[Machine]:
     case = Case("rows", (90,), num_topk=1, hidden=2056)
     ranks.run(check, Drawn(case, FLOATS[0], FLOATS[0], False, FLOATS[2], None, False, False, 0))
     yield ranks.machine
+
+
+def reduced_calls() -> Iterator[Machine]:
+    holes = Case("reduced", (9, 40), num_topk=8, alignment=4, hidden=520, style="holes")
+    config = BufferConfig(timeout=1e9, num_sms=2, reduce_before_combine=True)
+    for case in (holes, REPEATED):
+        ranks = Ranks(2, config=config)
+        for dtype in FLOATS:
+            ranks.run(check_reduced, case, dtype)
+        no_report(ranks)
+        yield ranks.machine
 
 
 def calls_that_fail() -> Iterator[Machine]:
@@ -186,7 +203,14 @@ def reason(block: str) -> str:
 
 def test_every_block_of_the_kernels_runs_or_has_a_reason() -> None:
     coverage = Coverage()
-    for machines in (drawn_calls, large_calls, long_rows, calls_that_fail, casts_alone):
+    for machines in (
+        drawn_calls,
+        large_calls,
+        long_rows,
+        reduced_calls,
+        calls_that_fail,
+        casts_alone,
+    ):
         for machine in machines():
             coverage.add(machine)
     coverage.blocks = {k: b for k, b in coverage.blocks.items() if not k.startswith(OTHERS)}

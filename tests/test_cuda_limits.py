@@ -40,7 +40,7 @@ def launch(machine: Machine, planned: Any) -> None:
 
 def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
     machine = machine_of()
-    tables = [[(1 + table) << 40 | rank << 8 for rank in range(72)] for table in range(4)]
+    tables = [[(1 + table) << 40 | rank << 8 for rank in range(72)] for table in range(5)]
     args = _cuda.DispatchArgs(
         num_tokens=4,
         num_topk=32,
@@ -53,6 +53,7 @@ def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
         to_scales=tables[1],
         to_weights=tables[2],
         to_idx=tables[3],
+        to_links=tables[4],
     )
     planned = [
         _cuda.plan_dispatch(args, 8),
@@ -78,7 +79,7 @@ def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
     addresses = b"".join(np.array(table, np.uint64).tobytes() for table in tables)
     assert addresses in planned[0].params
     assert addresses[: 2 * 72 * 8] in planned[3].params
-    with pytest.raises(ValueError, match="to_x: expected at most 72 addresses, got 73"):
+    with pytest.raises(ValueError, match="to_x: expected values for at most 72 ranks, got 73"):
         _cuda.DispatchArgs(to_x=[*tables[0], 1])
 
 
@@ -172,4 +173,26 @@ def test_a_token_beyond_4_gib_is_sent() -> None:
     )
     launch(machine, _cuda.plan_dispatch(args, 1))
     assert np.array_equal(machine.fetch(0, to_x, HIDDEN, np.uint16), row)
+    assert machine.report() == []
+
+
+def test_a_row_beyond_4_gib_is_copied_to_and_summed() -> None:
+    machine = machine_of()
+    row = np.arange(HIDDEN, dtype=np.uint16) % 256 + 0x3F80  # numbers; twice them is exact
+    links = np.full((FAR + 1, 2), -1, np.int32)
+    links[0], links[FAR] = (0, FAR), (0, -1)
+    arena = machine.allocate(0, (FAR + 1) * ROW_BYTES, name="arena")
+    machine.write(0, arena, row)
+    to_rows = machine.allocate(0, ROW_BYTES)
+    where = {
+        "links": machine.place(0, links),
+        "num_rows": FAR + 1,
+        "row_bytes": ROW_BYTES,
+    }
+    launch(machine, _cuda.plan_expand(_cuda.ExpandArgs(x=arena, **where), 1))
+    assert np.array_equal(machine.fetch(0, arena + FAR * ROW_BYTES, HIDDEN, np.uint16), row)
+    stage = _cuda.StageArgs(rows=arena, to_rows=to_rows, num_row_bytes=(FAR + 1) * ROW_BYTES)
+    reduce = _cuda.ReduceArgs(stage=stage, **where)
+    launch(machine, _cuda.plan_reduce(reduce, _cuda.DType.bfloat16, 1))
+    assert np.array_equal(machine.fetch(0, to_rows, HIDDEN, np.uint16), row + 0x80)
     assert machine.report() == []

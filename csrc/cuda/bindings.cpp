@@ -175,6 +175,7 @@ void bind_args(py::module_& m) {
         .add("scale_bytes", &DispatchArgs::scale_bytes)
         .add("weight_bytes", &DispatchArgs::weight_bytes)
         .add("idx_bytes", &DispatchArgs::idx_bytes)
+        .add("link_bytes", &DispatchArgs::link_bytes)
         .add("is_int64", &DispatchArgs::is_int64)
         .add("expand", &DispatchArgs::expand)
         .add("experts_per_rank", &DispatchArgs::experts_per_rank)
@@ -183,7 +184,15 @@ void bind_args(py::module_& m) {
         .add("to_x", &DispatchArgs::to_x)
         .add("to_scales", &DispatchArgs::to_scales)
         .add("to_weights", &DispatchArgs::to_weights)
-        .add("to_idx", &DispatchArgs::to_idx);
+        .add("to_idx", &DispatchArgs::to_idx)
+        .add("to_links", &DispatchArgs::to_links);
+    Fields<ExpandArgs>(m, "ExpandArgs")
+        .add("x", &ExpandArgs::x)
+        .add("scales", &ExpandArgs::scales)
+        .add("links", &ExpandArgs::links)
+        .add("num_rows", &ExpandArgs::num_rows)
+        .add("row_bytes", &ExpandArgs::row_bytes)
+        .add("scale_bytes", &ExpandArgs::scale_bytes);
     Fields<StageArgs>(m, "StageArgs")
         .add("rows", &StageArgs::rows)
         .add("to_rows", &StageArgs::to_rows)
@@ -191,6 +200,11 @@ void bind_args(py::module_& m) {
         .add("to_weights", &StageArgs::to_weights)
         .add("num_row_bytes", &StageArgs::num_row_bytes)
         .add("num_weight_bytes", &StageArgs::num_weight_bytes);
+    Fields<ReduceArgs>(m, "ReduceArgs")
+        .add("stage", &ReduceArgs::stage)
+        .add("links", &ReduceArgs::links)
+        .add("num_rows", &ReduceArgs::num_rows)
+        .add("row_bytes", &ReduceArgs::row_bytes);
     Fields<CombineArgs>(m, "CombineArgs")
         .add("routes", &CombineArgs::routes)
         .add("num_tokens", &CombineArgs::num_tokens)
@@ -203,7 +217,8 @@ void bind_args(py::module_& m) {
         .add("out", &CombineArgs::out)
         .add("out_weights", &CombineArgs::out_weights)
         .add("from_x", &CombineArgs::from_x)
-        .add("from_weights", &CombineArgs::from_weights);
+        .add("from_weights", &CombineArgs::from_weights)
+        .add("is_reduced", &CombineArgs::is_reduced);
     Fields<CastArgs>(m, "CastArgs")
         .add("x", &CastArgs::x)
         .add("data", &CastArgs::data)
@@ -234,7 +249,9 @@ void bind_plans(py::module_& m) {
     m.def("plan_dispatch", &plan_dispatch, py::arg("args"), py::arg("num_sms"));
     m.def("plan_dispatch_cast", &plan_dispatch_cast, py::arg("args"), py::arg("dtype"),
           py::arg("num_sms"));
+    m.def("plan_expand", &plan_expand, py::arg("args"), py::arg("num_sms"));
     m.def("plan_stage", &plan_stage, py::arg("args"), py::arg("num_sms"));
+    m.def("plan_reduce", &plan_reduce, py::arg("args"), py::arg("dtype"), py::arg("num_sms"));
     m.def("plan_combine", &plan_combine, py::arg("args"), py::arg("dtype"), py::arg("num_sms"));
     m.def("plan_cast", &plan_cast, py::arg("args"), py::arg("dtype"), py::arg("num_sms"));
 }

@@ -1,9 +1,11 @@
 // Pull: every rank reads its tokens' rows where they are and sums them, in the nested order of the
 // CPU backends: the biases, then rank after rank, each rank's rows in slot order first; one
-// rounding. Rows that peers cannot reach are staged into the arena before. Nothing here waits:
-// ep_notify_kernel, before on the same stream, has seen that all rows are there.
+// rounding. Rows that peers cannot reach are staged into the arena before; a rank that reduces
+// stages the sum of a token's rows in place of the first of them, and only that is read. Nothing
+// here waits: ep_notify_kernel, before on the same stream, has seen that all rows are there.
+#include "cuda/links.cuh"
 #include "cuda/protocol.h"
-#include "cuda/rows.cuh"
+#include "cuda/push.cuh"
 
 namespace ep::cuda {
 namespace {
@@ -25,23 +27,12 @@ struct Piece {
     }
 };
 
-/// A token's rows: lane k holds the address of the k-th.
+/// A token's rows, in the order of the sum.
 struct Addends {
-    const char* row;
-    int num_rows;
-    unsigned group_starts;  // bit k: row k is the first from its rank
+    const char* row;        // this lane's
+    unsigned rows;          // lanes that have one
+    unsigned group_starts;  // lanes whose row is the first from its rank
 };
-
-__device__ __forceinline__ void load_piece(const char* row,
-                                           int at,
-                                           int num_bytes,
-                                           uint4 (&bits)[kUnroll]) {
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        bits[i] = make_uint4(0, 0, 0, 0);
-        if (at + i * kStepBytes < num_bytes) bits[i] = load_16(row + at + i * kStepBytes);
-    }
-}
 
 /// Sum the biases and rows of one piece; at least two of them in all.
 template <class D>
@@ -53,27 +44,29 @@ __device__ __forceinline__ void sum_piece(const Addends& addends,
                                           Piece<D>& total) {
     uint4 bits[kUnroll], next[kUnroll];
     Piece<D> row, partial;
-    bool has_total = bias_0 != nullptr;
-    if (addends.num_rows > 0) load_piece(from_lane(addends.row, 0), at, num_bytes, next);
+    bool has_total = bias_0 != nullptr, has_partial = false;
+    if (addends.rows != 0)
+        load_pieces(from_lane(addends.row, __ffs(addends.rows) - 1), at, num_bytes, next);
     if (bias_0 != nullptr) {
-        load_piece(bias_0, at, num_bytes, bits);
+        load_pieces(bias_0, at, num_bytes, bits);
         total.set(bits);
     }
     if (bias_1 != nullptr) {
-        load_piece(bias_1, at, num_bytes, bits);
+        load_pieces(bias_1, at, num_bytes, bits);
         row.set(bits);
         total += row;
     }
-    for (int k = 0; k < addends.num_rows; ++k) {
+    for (unsigned left = addends.rows; left != 0;) {
+        const int lane = __ffs(left) - 1;
+        left &= left - 1;
         row.set(next);
         // The next row is on its way while this one is added.
-        if (k + 1 < addends.num_rows)
-            load_piece(from_lane(addends.row, k + 1), at, num_bytes, next);
-        if ((addends.group_starts >> k & 1) == 0) {
+        if (left != 0) load_pieces(from_lane(addends.row, __ffs(left) - 1), at, num_bytes, next);
+        if ((addends.group_starts >> lane & 1) == 0) {
             partial += row;
             continue;
         }
-        if (k > 0) {
+        if (has_partial) {
             if (has_total)
                 total += partial;
             else
@@ -81,42 +74,40 @@ __device__ __forceinline__ void sum_piece(const Addends& addends,
             has_total = true;
         }
         partial = row;
+        has_partial = true;
     }
-    if (addends.num_rows == 0) return;
+    if (!has_partial) return;
     if (has_total)
         total += partial;
     else
         total = partial;
 }
 
+/// Sum a row's biases and addends into `out`; zeros where there are none.
 template <class D>
-__device__ __forceinline__ void sum_token(const CombineArgs& args,
-                                          const Addends& addends,
-                                          int64_t token) {
-    const int64_t offset = token * args.row_bytes;
-    const char* bias_0 = args.bias_0 == nullptr ? nullptr : args.bias_0 + offset;
-    const char* bias_1 = args.bias_1 == nullptr ? nullptr : args.bias_1 + offset;
-    const int num_addends = addends.num_rows + (bias_0 != nullptr) + (bias_1 != nullptr);
-    const char* only = bias_0 != nullptr ? bias_0 : from_lane(addends.row, 0);
-    char* out = args.out + offset;
+__device__ __forceinline__ void sum_row(
+    const Addends& addends, const char* bias_0, const char* bias_1, char* out, int num_bytes) {
+    const int num_addends = __popc(addends.rows) + (bias_0 != nullptr) + (bias_1 != nullptr);
+    const char* only =
+        bias_0 != nullptr ? bias_0 : from_lane(addends.row, (__ffs(addends.rows) - 1) & 31);
     const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
-    for (int step = 0; step < args.row_bytes; step += kUnroll * kStepBytes) {
+    for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
         const int at = step + lane_at;
         uint4 bits[kUnroll];
         if (num_addends == 0) {
 #pragma unroll
             for (int i = 0; i < kUnroll; ++i) bits[i] = make_uint4(0, 0, 0, 0);
         } else if (num_addends == 1) {  // its bits, a NaN's payload included
-            load_piece(only, at, args.row_bytes, bits);
+            load_pieces(only, at, num_bytes, bits);
         } else {
             Piece<D> total;
-            sum_piece<D>(addends, bias_0, bias_1, at, args.row_bytes, total);
+            sum_piece<D>(addends, bias_0, bias_1, at, num_bytes, total);
 #pragma unroll
             for (int i = 0; i < kUnroll; ++i) bits[i] = total.lanes[i].round();
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i)
-            if (at + i * kStepBytes < args.row_bytes) store_16(out + at + i * kStepBytes, bits[i]);
+            if (at + i * kStepBytes < num_bytes) store_16(out + at + i * kStepBytes, bits[i]);
     }
 }
 
@@ -155,18 +146,77 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
             row = args.routes[plane + at];
             slot = args.routes[2 * plane + at];
         }
-        Addends addends;
-        addends.num_rows = __popc(__ballot_sync(kAllLanes, rank >= 0));
+        const unsigned routes = __ballot_sync(kAllLanes, rank >= 0);
         const int rank_before = __shfl_up_sync(kAllLanes, rank, 1);
-        addends.group_starts = __ballot_sync(kAllLanes, lane == 0 || rank != rank_before);
+        const bool is_first = lane == 0 || rank != rank_before;
+        const bool is_read = rank >= 0 && (is_first || args.is_reduced[rank] == 0);
+        Addends addends;
+        addends.rows = __ballot_sync(kAllLanes, is_read);
+        addends.group_starts = __ballot_sync(kAllLanes, is_first);
         addends.row = nullptr;
-        if (rank >= 0) addends.row = args.from_x[rank] + static_cast<int64_t>(row) * args.row_bytes;
-        sum_token<D>(args, addends, token);
+        if (is_read) addends.row = args.from_x[rank] + static_cast<int64_t>(row) * args.row_bytes;
+        const int64_t offset = token * args.row_bytes;
+        sum_row<D>(addends, args.bias_0 == nullptr ? nullptr : args.bias_0 + offset,
+                   args.bias_1 == nullptr ? nullptr : args.bias_1 + offset, args.out + offset,
+                   args.row_bytes);
         if (args.weight_bytes == 4)
-            sum_weights<float>(args, addends.num_rows, rank, row, slot, token);
+            sum_weights<float>(args, __popc(routes), rank, row, slot, token);
         if (args.weight_bytes == 8)
-            sum_weights<double>(args, addends.num_rows, rank, row, slot, token);
+            sum_weights<double>(args, __popc(routes), rank, row, slot, token);
     }
+}
+
+__device__ __forceinline__ void stage_weights(const StageArgs& args) {
+    const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+#pragma unroll 1
+    for (int64_t at = thread * 4; at < args.num_weight_bytes; at += num_threads * 4)
+        *reinterpret_cast<uint32_t*>(args.to_weights + at) =
+            *reinterpret_cast<const uint32_t*>(args.weights + at);
+}
+
+/// Sum the rows of lanes `rows`, at least two, in the order of the lanes.
+template <class D>
+__device__ __forceinline__ void sum_rows(const char* mine,
+                                         unsigned rows,
+                                         char* out,
+                                         int num_bytes) {
+    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
+    for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
+        const int at = step + lane_at;
+        uint4 next[kUnroll];
+        Piece<D> total, row;
+        load_pieces(from_lane(mine, 0), at, num_bytes, next);
+        total.set(next);
+#pragma unroll 1
+        for (unsigned left = rows & (rows - 1); left != 0; left &= left - 1) {
+            load_pieces(from_lane(mine, __ffs(left) - 1), at, num_bytes, next);
+            row.set(next);
+            total += row;
+        }
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (at + i * kStepBytes < num_bytes)
+                store_16(out + at + i * kStepBytes, total.lanes[i].round());
+    }
+}
+
+template <class D>
+__device__ __forceinline__ void reduce(const ReduceArgs& args) {
+    const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    for (int64_t head = warp; head < args.num_rows; head += num_warps) {
+        if (args.links[head].head != head) continue;
+        const int64_t mine = row_of_token(args.links, head);
+        const unsigned rows = __ballot_sync(kAllLanes, mine >= 0);
+        const char* row = args.stage.rows + (mine < 0 ? 0 : mine) * args.row_bytes;
+        char* to = args.stage.to_rows + head * args.row_bytes;
+        if (rows == 1u)  // its bits, a NaN's payload included
+            push_row(row, threadIdx.x % kWarpSize == 0 ? to : nullptr, args.row_bytes);
+        else
+            sum_rows<D>(row, rows, to, args.row_bytes);
+    }
+    stage_weights(args.stage);
 }
 
 }  // namespace
@@ -189,9 +239,20 @@ EP_ROW_KERNEL ep_stage_kernel(const __grid_constant__ StageArgs args) {
             if (at + i * num_threads * kLaneBytes < args.num_row_bytes)
                 store_16(args.to_rows + at + i * num_threads * kLaneBytes, values[i]);
     }
-    for (int64_t at = thread * 4; at < args.num_weight_bytes; at += num_threads * 4)
-        *reinterpret_cast<uint32_t*>(args.to_weights + at) =
-            *reinterpret_cast<const uint32_t*>(args.weights + at);
+    stage_weights(args);
+}
+
+EP_ROW_KERNEL ep_reduce_bfloat16_kernel(const __grid_constant__ ReduceArgs args) {
+    reduce<BFloat16>(args);
+}
+EP_ROW_KERNEL ep_reduce_float16_kernel(const __grid_constant__ ReduceArgs args) {
+    reduce<Float16>(args);
+}
+EP_ROW_KERNEL ep_reduce_float32_kernel(const __grid_constant__ ReduceArgs args) {
+    reduce<Float32>(args);
+}
+EP_ROW_KERNEL ep_reduce_float64_kernel(const __grid_constant__ ReduceArgs args) {
+    reduce<Float64>(args);
 }
 
 EP_ROW_KERNEL ep_combine_bfloat16_kernel(const __grid_constant__ CombineArgs args) {

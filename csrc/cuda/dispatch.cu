@@ -1,98 +1,47 @@
-// Push: every row goes straight to its address at each of its destinations, read once, cast on the
-// way if asked. A warp takes a token; lane k holds the token's k-th route. No kernel here waits or
-// raises a flag: the rows are told of by ep_arrive_kernel, which comes after on the same stream.
+// Push: a row goes straight to its address at each of its destination ranks, read once, cast on the
+// way if asked. Where a rank has several of a token's experts, the row crosses once, to the first
+// of its places there; a link says which others it belongs to, and ep_expand_kernel copies it
+// there. A warp takes a token; lane k holds the token's k-th route. No kernel here waits or raises
+// a flag: the rows are told of by ep_arrive_kernel, which comes after on the same stream.
 #include "cuda/protocol.h"
-#include "cuda/rows.cuh"
+#include "cuda/push.cuh"
 
 namespace ep::cuda {
 namespace {
 
-constexpr int kUnroll = 4;  // 16-byte loads of a lane in flight
-
-/// A token's routes, one per lane, the used ones first.
+/// A token's routes, one per lane, the used ones first; those of one rank stand side by side.
 struct Routes {
     int num_routes;
     int rank, row, slot;  // this lane's; rank -1 where it has none
+    RowLink link;         // of this lane's row to the others of its rank
 };
 
 __device__ __forceinline__ Routes load_routes(const DispatchArgs& args, int64_t token) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t plane = args.num_tokens * args.num_topk;
     const int64_t at = token * args.num_topk + lane;
-    Routes routes{0, -1, 0, 0};
+    Routes routes{0, -1, 0, 0, {0, -1}};
     if (lane < args.num_topk) routes.rank = args.routes[at];
     if (routes.rank >= 0) {
         routes.row = args.routes[plane + at];
         routes.slot = args.routes[2 * plane + at];
     }
     routes.num_routes = __popc(__ballot_sync(kAllLanes, routes.rank >= 0));
+    const int rank_before = __shfl_up_sync(kAllLanes, routes.rank, 1);
+    const unsigned heads = __ballot_sync(kAllLanes, lane == 0 || routes.rank != rank_before);
+    const unsigned up_to_lane = kAllLanes >> (kWarpSize - 1 - lane);
+    routes.link.head = from_lane(routes.row, kWarpSize - 1 - __clz(heads & up_to_lane));
+    const int row_behind = __shfl_down_sync(kAllLanes, routes.row, 1);
+    if (lane + 1 < routes.num_routes && (heads >> (lane + 1) & 1) == 0)
+        routes.link.next = row_behind;
     return routes;
 }
 
-/// Where this lane's route puts a part of the row, or null.
+/// Where this lane's route puts a part of the row, or null: a row that is not the first of its
+/// token at a rank is copied there.
 __device__ __forceinline__ char* target(char* const* starts, const Routes& routes, int num_bytes) {
-    return routes.rank < 0 ? nullptr
-                           : starts[routes.rank] + static_cast<int64_t>(routes.row) * num_bytes;
-}
-
-/// Copy `num_bytes` (a multiple of 16) to the target of every route.
-__device__ __forceinline__ void copy_row(const char* x, char* to, int num_routes, int num_bytes) {
-    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
-    for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
-        uint4 values[kUnroll];
-        const int at = step + lane_at;
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i)
-            if (at + i * kStepBytes < num_bytes) values[i] = load_16(x + at + i * kStepBytes);
-        for (int route = 0; route < num_routes; ++route) {
-            char* row = from_lane(to, route);
-#pragma unroll
-            for (int i = 0; i < kUnroll; ++i)
-                if (at + i * kStepBytes < num_bytes) store_16(row + at + i * kStepBytes, values[i]);
-        }
-    }
-}
-
-/// Copy the scales that came with a row: a multiple of 4 bytes.
-__device__ __forceinline__ void copy_scales(const DispatchArgs& args,
-                                            const Routes& routes,
-                                            int64_t token) {
-    const char* from = args.scales + token * args.scale_bytes;
-    char* to = target(args.to_scales, routes, args.scale_bytes);
-    const int lane_at = threadIdx.x % kWarpSize * 4;
-    for (int step = 0; step < args.scale_bytes; step += kWarpSize * 4) {
-        const int at = step + lane_at;
-        const bool is_active = at < args.scale_bytes;
-        uint32_t value = 0;
-        if (is_active) value = *reinterpret_cast<const uint32_t*>(from + at);
-        for (int route = 0; route < routes.num_routes; ++route) {
-            char* row = from_lane(to, route);
-            if (is_active) store_4(row + at, value);
-        }
-    }
-}
-
-/// Cast a row of type D to every route's target, scales beside it.
-template <class D>
-__device__ __forceinline__ void cast_row(const DispatchArgs& args,
-                                         const Routes& routes,
-                                         const char* x) {
-    constexpr int kSourceBytes = kLaneBytes / D::kLanes;
-    const int lane = threadIdx.x % kWarpSize;
-    char* to = target(args.to_x, routes, args.out_row_bytes);
-    char* to_scales = target(args.to_scales, routes, args.scale_bytes);
-    for (int step = 0; step < args.out_row_bytes; step += kCastStep) {
-        const int column = step + lane * kCastColumns;
-        const bool is_active = column < args.out_row_bytes;
-        const CastRow cast = cast_columns<D>(x + column * kSourceBytes, is_active, args.recipe);
-        for (int route = 0; route < routes.num_routes; ++route) {
-            char* row = from_lane(to, route);
-            char* scales = from_lane(to_scales, route);
-            if (!is_active) continue;
-            store_16(row + column, cast.data);
-            store_scale(scales, column, cast.scale, args.recipe);
-        }
-    }
+    if (routes.rank < 0 || routes.link.head != routes.row) return nullptr;
+    return starts[routes.rank] + static_cast<int64_t>(routes.row) * num_bytes;
 }
 
 /// Expert ids and weights of a row that stands for all of its token's slots on a rank: lane k does
@@ -132,15 +81,18 @@ __device__ __forceinline__ void push_beside(const DispatchArgs& args,
                                             int64_t token) {
     if (!args.expand) {
         push_columns<Weight>(args, routes, token);
-    } else if (args.weight_bytes != 0 && routes.rank >= 0) {
+        return;
+    }
+    if (routes.rank < 0) return;
+    if (args.weight_bytes != 0)
         reinterpret_cast<Weight*>(args.to_weights[routes.rank])[routes.row] =
             reinterpret_cast<const Weight*>(args.weights)[token * args.num_topk + routes.slot];
-    }
+    if (args.link_bytes != 0) args.to_links[routes.rank][routes.row] = routes.link;
 }
 
-__device__ __forceinline__ void clear_row(char* row, int num_bytes) {
+__device__ __forceinline__ void fill_row(char* row, int num_bytes, uint32_t word) {
     for (int at = threadIdx.x % kWarpSize * 4; at < num_bytes; at += kWarpSize * 4)
-        store_4(row + at, 0);
+        store_4(row + at, word);
 }
 
 /// Zero the padding rows of this rank's blocks; nobody else writes them. Warps take them in turn.
@@ -159,8 +111,10 @@ __device__ __forceinline__ void clear_padding(const DispatchArgs& args,
             for (int at = threadIdx.x % kWarpSize * kLaneBytes; at < args.out_row_bytes;
                  at += kStepBytes)
                 store_16(x + at, make_uint4(0, 0, 0, 0));
-            clear_row(args.to_scales[args.rank] + row * args.scale_bytes, args.scale_bytes);
-            clear_row(args.to_weights[args.rank] + row * args.weight_bytes, args.weight_bytes);
+            fill_row(args.to_scales[args.rank] + row * args.scale_bytes, args.scale_bytes, 0);
+            fill_row(args.to_weights[args.rank] + row * args.weight_bytes, args.weight_bytes, 0);
+            fill_row(reinterpret_cast<char*>(args.to_links[args.rank] + row), args.link_bytes,
+                     kNoRow);
         }
         block_start += end;
         num_before += end - valid;
@@ -185,28 +139,25 @@ __device__ __forceinline__ void push(const DispatchArgs& args, MoveRow move_row)
 
 template <class D>
 __device__ __forceinline__ void push_cast(const DispatchArgs& args) {
-    push(args, [&](const char* x, const Routes& routes, int64_t) { cast_row<D>(args, routes, x); });
+    push(args, [&](const char* x, const Routes& routes, int64_t) {
+        push_cast_row<D>(x, target(args.to_x, routes, args.out_row_bytes),
+                         target(args.to_scales, routes, args.scale_bytes), args.out_row_bytes,
+                         args.recipe);
+    });
 }
 
 template <class D>
 __device__ __forceinline__ void cast(const CastArgs& args) {
     constexpr int kSourceBytes = kLaneBytes / D::kLanes;
-    const int lane = threadIdx.x % kWarpSize;
+    const bool is_first_lane = threadIdx.x % kWarpSize == 0;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
     const int num_scale_bytes = args.hidden / (args.recipe.lanes_per_block * kCastColumns) *
                                 (args.recipe.scale_format == kPackedScales ? 1 : 4);
-    for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
-        const char* x = args.x + token * args.hidden * kSourceBytes;
-        for (int step = 0; step < args.hidden; step += kCastStep) {
-            const int column = step + lane * kCastColumns;
-            const bool is_active = column < args.hidden;
-            const CastRow row = cast_columns<D>(x + column * kSourceBytes, is_active, args.recipe);
-            if (!is_active) continue;
-            store_16(args.data + token * args.hidden + column, row.data);
-            store_scale(args.scales + token * num_scale_bytes, column, row.scale, args.recipe);
-        }
-    }
+    for (int64_t token = warp; token < args.num_tokens; token += num_warps)
+        push_cast_row<D>(args.x + token * args.hidden * kSourceBytes,
+                         is_first_lane ? args.data + token * args.hidden : nullptr,
+                         args.scales + token * num_scale_bytes, args.hidden, args.recipe);
 }
 
 }  // namespace
@@ -215,8 +166,10 @@ __device__ __forceinline__ void cast(const CastArgs& args) {
 
 EP_ROW_KERNEL ep_dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     push(args, [&](const char* x, const Routes& routes, int64_t token) {
-        copy_row(x, target(args.to_x, routes, args.row_bytes), routes.num_routes, args.row_bytes);
-        if (args.scale_bytes != 0) copy_scales(args, routes, token);
+        push_row(x, target(args.to_x, routes, args.row_bytes), args.row_bytes);
+        if (args.scale_bytes != 0)
+            push_words(args.scales + token * args.scale_bytes,
+                       target(args.to_scales, routes, args.scale_bytes), args.scale_bytes);
     });
 }
 

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <type_traits>
 #include <vector>
 
@@ -14,7 +16,7 @@ namespace ep::cuda {
 namespace py = pybind11;
 
 /// A struct of kernel arguments whose fields Python sets by name: addresses are integers, an
-/// address per rank is a list.
+/// address or number per rank is a list.
 template <class Args>
 class Fields {
  public:
@@ -55,11 +57,25 @@ class Fields {
                 return addresses;
             },
             [field, name](Args& args, const std::vector<uintptr_t>& addresses) {
-                if (addresses.size() > kMaxRanks)
-                    throw std::invalid_argument(text(name, ": expected at most ", kMaxRanks,
-                                                     " addresses, got ", addresses.size()));
+                check_ranks(name, addresses.size());
                 for (size_t rank = 0; rank < addresses.size(); ++rank)
                     (args.*field)[rank] = reinterpret_cast<T*>(addresses[rank]);
+            });
+        return *this;
+    }
+
+    /// A number per rank.
+    template <class T>
+        requires(!std::is_pointer_v<T>)
+    Fields& add(const char* name, T (Args::*field)[kMaxRanks]) {
+        class_.def_property(
+            name,
+            [field](const Args& args) {
+                return std::vector<T>(std::begin(args.*field), std::end(args.*field));
+            },
+            [field, name](Args& args, const std::vector<T>& values) {
+                check_ranks(name, values.size());
+                std::copy(values.begin(), values.end(), args.*field);
             });
         return *this;
     }
@@ -67,6 +83,12 @@ class Fields {
     py::class_<Args>& python_class() { return class_; }
 
  private:
+    static void check_ranks(const char* name, size_t num_values) {
+        if (num_values > kMaxRanks)
+            throw std::invalid_argument(text(name, ": expected values for at most ", kMaxRanks,
+                                             " ranks, got ", num_values));
+    }
+
     py::class_<Args> class_;
 };
 

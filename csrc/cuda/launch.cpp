@@ -71,11 +71,22 @@ void check_dispatch(const DispatchArgs& args) {
             "the bytes of a weight", "0, 4 or 8", args.weight_bytes);
     require(args.idx_bytes == 0 || args.idx_bytes == 4 || args.idx_bytes == 8, kOperation,
             "the bytes of an index", "0, 4 or 8", args.idx_bytes);
+    require(args.link_bytes == 0 || args.link_bytes == sizeof(RowLink), kOperation,
+            "the bytes of a link", "0 or 8", args.link_bytes);
+    require(args.link_bytes != 0 || !args.expand || args.num_topk == 1, kOperation,
+            "the bytes of a link by expert", "8", args.link_bytes);
     require_range(kOperation, "expert_alignment", args.alignment, 1, 1 << 20);
     require_range(kOperation, "the experts of a rank", args.experts_per_rank, 1, kMaxExperts);
     require_aligned(kOperation, "the address of x", args.x, 16);
     for (const char* row : args.to_x)
         require_aligned(kOperation, "the address of received rows", row, 16);
+}
+
+void check_stage(const char* operation, const StageArgs& args) {
+    require_multiple(operation, "the bytes of the rows", args.num_row_bytes, 16);
+    require_multiple(operation, "the bytes of the weights", args.num_weight_bytes, 4);
+    require_aligned(operation, "the address of the rows", args.rows, 16);
+    require_aligned(operation, "where the rows go", args.to_rows, 16);
 }
 
 /// Returns the bytes of a row's scales.
@@ -148,15 +159,33 @@ Launch plan_dispatch_cast(const DispatchArgs& args, DType dtype, int num_sms) {
                        blocks_for(args.num_tokens, num_sms), args);
 }
 
+Launch plan_expand(const ExpandArgs& args, int num_sms) {
+    check_row("expand", args.row_bytes, kMaxItemBytes);  // of whatever dtype
+    require_multiple("expand", "the bytes of a row's scales", args.scale_bytes, 4);
+    require_range("expand", "the rows", args.num_rows, 0, kMaxSlots);
+    require_aligned("expand", "the address of the rows", args.x, 16);
+    require_aligned("expand", "the address of the links", args.links, 8);
+    return launch_rows("ep_expand_kernel", blocks_for(args.num_rows, num_sms), args);
+}
+
 Launch plan_stage(const StageArgs& args, int num_sms) {
-    require_multiple("stage", "the bytes of the rows", args.num_row_bytes, 16);
-    require_multiple("stage", "the bytes of the weights", args.num_weight_bytes, 4);
-    require_aligned("stage", "the address of the rows", args.rows, 16);
-    require_aligned("stage", "where the rows go", args.to_rows, 16);
+    check_stage("stage", args);
     const int64_t num_bytes = args.num_row_bytes + args.num_weight_bytes;
     const int64_t wanted = (num_bytes + kStageBytesPerBlock - 1) / kStageBytesPerBlock;
     return launch_rows("ep_stage_kernel",
                        static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, num_sms)), args);
+}
+
+Launch plan_reduce(const ReduceArgs& args, DType dtype, int num_sms) {
+    check_stage("reduce", args.stage);
+    check_row("reduce", args.row_bytes, item_bytes(dtype));
+    require_range("reduce", "the rows", args.num_rows, 0, kMaxSlots);
+    require(args.stage.num_row_bytes == args.num_rows * args.row_bytes, "reduce",
+            "the bytes of the rows", text(args.num_rows * args.row_bytes),
+            args.stage.num_row_bytes);
+    require_aligned("reduce", "the address of the links", args.links, 8);
+    return launch_rows(text("ep_reduce_", kNames[static_cast<int>(dtype)], "_kernel"),
+                       blocks_for(args.num_rows, num_sms), args);
 }
 
 Launch plan_combine(const CombineArgs& args, DType dtype, int num_sms) {

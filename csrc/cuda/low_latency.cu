@@ -7,7 +7,7 @@
 // at the source, so no atomic hands them out and the order of rows does not depend on who is first.
 #include "cuda/packed_protocol.h"
 #include "cuda/packed_slots.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/push.cuh"
 
 namespace ep::cuda {
 namespace {
@@ -25,43 +25,6 @@ __device__ __forceinline__ char* slot_of(const PackedArgs& args, int64_t token) 
     char* window = args.window[rank];
     store_4(window + args.tags + slot * 4, static_cast<uint32_t>(token));
     return window + args.slots + slot * args.slot_bytes;
-}
-
-/// Copy a row to every lane's target that is not null.
-__device__ __forceinline__ void push_row(const char* x, char* to, int num_bytes) {
-    constexpr int kUnroll = 4;
-    const unsigned targets = __ballot_sync(kAllLanes, to != nullptr);
-    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
-    for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
-        uint4 values[kUnroll];
-        const int at = step + lane_at;
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i)
-            if (at + i * kStepBytes < num_bytes) values[i] = load_16(x + at + i * kStepBytes);
-        for (unsigned left = targets; left != 0; left &= left - 1) {
-            char* row = from_lane(to, __ffs(left) - 1);
-#pragma unroll
-            for (int i = 0; i < kUnroll; ++i)
-                if (at + i * kStepBytes < num_bytes) store_16(row + at + i * kStepBytes, values[i]);
-        }
-    }
-}
-
-/// Cast a bfloat16 row to every lane's target, its scales behind it.
-__device__ __forceinline__ void push_cast_row(const PackedArgs& args, const char* x, char* to) {
-    const unsigned targets = __ballot_sync(kAllLanes, to != nullptr);
-    const int lane = threadIdx.x % kWarpSize;
-    for (int step = 0; step < args.hidden; step += kCastStep) {
-        const int column = step + lane * kCastColumns;
-        const bool is_active = column < args.hidden;
-        const CastRow cast = cast_columns<BFloat16>(x + column * 2, is_active, args.recipe);
-        for (unsigned left = targets; left != 0; left &= left - 1) {
-            char* row = from_lane(to, __ffs(left) - 1);
-            if (!is_active) continue;
-            store_16(row + column, cast.data);
-            store_scale(row + args.x_bytes, column, cast.scale, args.recipe);
-        }
-    }
 }
 
 template <class Push>
@@ -93,17 +56,6 @@ __device__ __forceinline__ Weighted weighted_row(const PackedArgs& args, int64_t
 }
 
 constexpr int kSumUnroll = 2;  // 16-byte pieces of a row that a lane sums at once
-
-__device__ __forceinline__ void load_pieces(const char* row,
-                                            int at,
-                                            int num_bytes,
-                                            uint4 (&bits)[kSumUnroll]) {
-#pragma unroll
-    for (int i = 0; i < kSumUnroll; ++i) {
-        bits[i] = make_uint4(0, 0, 0, 0);
-        if (at + i * kStepBytes < num_bytes) bits[i] = load_16(row + at + i * kStepBytes);
-    }
-}
 
 /// From zero, slot after slot; a product and a sum are rounded each. The next row is on its way
 /// while one is added.
@@ -148,7 +100,9 @@ EP_ROW_KERNEL ep_packed_push_kernel(const __grid_constant__ PackedArgs args) {
 }
 
 EP_ROW_KERNEL ep_packed_push_cast_kernel(const __grid_constant__ PackedArgs args) {
-    push_tokens(args, [&](const char* x, char* to) { push_cast_row(args, x, to); });
+    push_tokens(args, [&](const char* x, char* to) {
+        push_cast_row<BFloat16>(x, to, to + args.x_bytes, args.hidden, args.recipe);
+    });
 }
 
 /// What arrived in this rank's slots, packed by local expert, source and place.

@@ -40,7 +40,7 @@ enum PostKind : uint32_t {
 struct alignas(16) PostHead {
     int64_t call[kNumCallFields];
     uint64_t rows_place;     // dispatch: where rows may be written; combine: where they are
-    uint64_t rows_bytes;     // dispatch: how many fit there
+    uint64_t rows_bytes;     // dispatch: how many fit there; combine: 1 if they are reduced
     uint64_t weights_place;  // combine: where weights are
     int64_t error_value;
     uint32_t kind;  // PostKind
@@ -151,6 +151,15 @@ struct CastRecipe {
     float min_amax;
 };
 
+constexpr uint32_t kNoRow = 0xffffffffu;
+
+/// How the expert-major rows of one token on one rank hang together, in slot order. The first of
+/// them, the head, is the one that crosses in dispatch and, where rows are reduced, in combine.
+struct alignas(8) RowLink {
+    int32_t head;  // the row itself if it is the head; -1 for padding
+    int32_t next;  // the row behind it, -1 for none
+};
+
 struct DispatchArgs {
     const char* x;          // [T, row_bytes]
     const char* scales;     // [T, scale_bytes] beside rows quantised by the caller, or null
@@ -166,6 +175,7 @@ struct DispatchArgs {
     int32_t scale_bytes;    // per row as it arrives, 0 for none
     int32_t weight_bytes;   // of one weight: 0, 4 or 8
     int32_t idx_bytes;      // of one index as it arrives: 0, 4 or 8
+    int32_t link_bytes;     // of one link: 8 where a rank may have several rows of a token, else 0
     int32_t is_int64;       // topk_idx
     int32_t expand;
     int32_t experts_per_rank;
@@ -175,6 +185,17 @@ struct DispatchArgs {
     char* to_scales[kMaxRanks];
     char* to_weights[kMaxRanks];
     char* to_idx[kMaxRanks];
+    RowLink* to_links[kMaxRanks];
+};
+
+/// What the heads among this rank's received rows are copied by.
+struct ExpandArgs {
+    char* x;       // [N, row_bytes]
+    char* scales;  // [N, scale_bytes]
+    const RowLink* links;
+    int64_t num_rows;
+    int32_t row_bytes;
+    int32_t scale_bytes;
 };
 
 struct StageArgs {
@@ -184,6 +205,15 @@ struct StageArgs {
     char* to_weights;
     int64_t num_row_bytes;
     int64_t num_weight_bytes;
+};
+
+/// Stage the sums of what belongs to one token instead of rows: into the head's place.
+struct ReduceArgs {
+    StageArgs stage;
+    const RowLink* links;
+    int64_t num_rows;
+    int32_t row_bytes;
+    int32_t unused;
 };
 
 struct CombineArgs {
@@ -199,6 +229,7 @@ struct CombineArgs {
     char* out_weights;  // [T, K]
     const char* from_x[kMaxRanks];
     const char* from_weights[kMaxRanks];
+    uint8_t is_reduced[kMaxRanks];  // whether only a token's first row at that rank is to be read
 };
 
 struct CastArgs {

@@ -39,6 +39,19 @@ __device__ __forceinline__ void store_1(char* to, uint8_t value) {
     *reinterpret_cast<uint8_t*>(to) = value;
 }
 
+/// Every `kStepBytes`-th 16 bytes of a row from `at` on; zeros behind its end.
+template <int kUnroll>
+__device__ __forceinline__ void load_pieces(const char* row,
+                                            int at,
+                                            int num_bytes,
+                                            uint4 (&bits)[kUnroll]) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+        bits[i] = make_uint4(0, 0, 0, 0);
+        if (at + i * kStepBytes < num_bytes) bits[i] = load_16(row + at + i * kStepBytes);
+    }
+}
+
 // Per dtype: the lanes of 16 bytes as accumulators; read, add and round them back. A NaN becomes
 // the positive quiet NaN without payload, as in csrc/cpu/row_lanes.h.
 

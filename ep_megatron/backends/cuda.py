@@ -29,6 +29,8 @@ SUM_DTYPES = {
     torch.float32: _cuda.DType.float32,
     torch.float64: _cuda.DType.float64,
 }
+# Sums of such rows are of their dtype: nothing is lost when they are made in two steps.
+_EXACT_DTYPES = (torch.float32, torch.float64)
 _NO_LIMIT = 1 << 47  # bytes; what the GPU has is the limit
 
 
@@ -71,6 +73,7 @@ class CudaBackend:
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         self.device = self._device = device
         self._num_sms = min(config.num_sms, device.num_sms)
+        self._reduces_all = config.reduce_before_combine
         self._meeting = DeviceMeeting(device, meeting, config.timeout, self._num_sms)
         max_bytes = config.max_bytes or _NO_LIMIT
         self._max_view_bytes = (
@@ -100,7 +103,7 @@ class CudaBackend:
         scan = self._meeting.scan(send.topk_idx.address, send.call, num_tokens, routes.address)
         report, sizes, block = self._send(send, scan, None)
         plan_id = self._meeting.epoch
-        received = self._receive(send, block, sizes.num_rows[self.rank])
+        received, links = self._receive(send, block, sizes.num_rows[self.rank])
         alignment = routing.expert_alignment
         handle = DispatchHandle(
             plan_id=plan_id,
@@ -118,6 +121,7 @@ class CudaBackend:
             num_recv_tokens_per_expert=tuple(align(n, alignment) for n in sizes.valid),
             num_valid_tokens_per_expert=tuple(sizes.valid),
             topk_idx=None if routing.expand else routing.topk_idx.clone(),
+            links=links,
         )
         if announce is not None:
             announce(received, handle)
@@ -140,7 +144,7 @@ class CudaBackend:
         routes = self._device.input(handle.routes)
         send = self._describe("cached dispatch", rows, handle, routes, travels=with_idx)
         _, sizes, block = self._send(send, None, handle)
-        arrived = self._receive(send, block, sizes.num_rows[self.rank])
+        arrived, _ = self._receive(send, block, sizes.num_rows[self.rank])
         if received is None:
             return arrived
         copy_rows(received.rows, arrived)
@@ -171,8 +175,14 @@ class CudaBackend:
         if rows.topk_weights is not None:
             out_weights = device.output(rows.topk_weights.dtype, shape, weights_into)
         lies_at = self._arena.place_of(device.arena_address(rows.x), rows.x.nbytes)
+        links = None
+        if self._reduces_all or (rows.x.dtype in _EXACT_DTYPES and lies_at is None):
+            links = self._input(handle.links)
+        if links is not None:
+            lies_at = None
         with device.on_stream():
-            places = self._offer_rows(call, x, weights, lies_at)
+            report = self._offer_rows(call, x, weights, lies_at, links)
+            places = [(word.rows_place, word.weights_place) for word in report.words]
             args = _cuda.CombineArgs(
                 routes=routes.address,
                 num_tokens=handle.num_tokens,
@@ -186,6 +196,7 @@ class CudaBackend:
                 out_weights=_address(out_weights),
                 from_x=self._arena.addresses([rows_place for rows_place, _ in places]),
                 from_weights=self._arena.addresses([weights_place for _, weights_place in places]),
+                is_reduced=[word.rows_bytes for word in report.words],
             )
             device.launch(_cuda.plan_combine(args, SUM_DTYPES[rows.x.dtype], self._num_sms))
             # What was staged is lent until the next call; the caller's own rows only until now.
@@ -254,11 +265,13 @@ class CudaBackend:
             except (ValueError, RuntimeError):
                 self._arena.free(offered)
                 raise
-            self._push(send, sizes, places)
+            starts = self._push(send, sizes, places)
             self._meeting.arrive(waits=True)
+            self._expand(send.layout, starts, sizes.num_rows[self.rank])
         return report, sizes, block
 
-    def _push(self, send: _Send, sizes: Sizes, places: Sequence[int]) -> None:
+    def _push(self, send: _Send, sizes: Sizes, places: Sequence[int]) -> list[int]:
+        """Send all rows. Returns where the parts of this rank's own received rows start."""
         call, layout, recipe = send.call, send.layout, send.rows.fp8
         targets = self._arena.addresses(places)
         # Where every rank's x, scales, weights and indices start.
@@ -266,7 +279,7 @@ class CudaBackend:
             [target + start for start in layout.starts(num_rows)]
             for target, num_rows in zip(targets, sizes.num_rows, strict=True)
         ]
-        to_x, to_scales, to_weights, to_idx, _ = zip(*starts, strict=True)
+        to_x, to_scales, to_weights, to_idx, to_links, _ = zip(*starts, strict=True)
         valid = self._valid[self._meeting.epoch % 2]
         if call.expand and call.expert_alignment > 1:
             valid.write(struct.pack(f"<{len(sizes.valid)}i", *sizes.valid))
@@ -285,6 +298,7 @@ class CudaBackend:
             scale_bytes=0 if layout.scales is None else layout.scales.num_bytes,
             weight_bytes=item_bytes(layout.weights),
             idx_bytes=item_bytes(layout.idx),
+            link_bytes=0 if layout.links is None else layout.links.num_bytes,
             is_int64=send.topk_idx is not None and send.topk_idx.dtype == torch.int64,
             expand=call.expand,
             experts_per_rank=call.num_experts // self.num_ranks,
@@ -293,6 +307,7 @@ class CudaBackend:
             to_scales=to_scales,
             to_weights=to_weights,
             to_idx=to_idx,
+            to_links=to_links,
         )
         if recipe is None:
             launch = _cuda.plan_dispatch(args, self._num_sms)
@@ -300,9 +315,29 @@ class CudaBackend:
             args.recipe = recipe_of(recipe)
             launch = _cuda.plan_dispatch_cast(args, SUM_DTYPES[send.x.dtype], self._num_sms)
         self._device.launch(launch)
+        return starts[self.rank]
 
-    def _receive(self, send: _Send, block: Block, num_rows: int) -> Rows:
-        """Look at what arrived, as tensors that keep the block; or widened, as copies."""
+    def _expand(self, layout: RowLayout, starts: Sequence[int], num_rows: int) -> None:
+        """Copy what has crossed once to all of its places here."""
+        if layout.links is None or num_rows == 0:
+            return
+        x, scales, _, _, links, _ = starts
+        args = _cuda.ExpandArgs(
+            x=x,
+            scales=scales,
+            links=links,
+            num_rows=num_rows,
+            row_bytes=layout.x.num_bytes,
+            scale_bytes=0 if layout.scales is None else layout.scales.num_bytes,
+        )
+        self._device.launch(_cuda.plan_expand(args, self._num_sms))
+
+    def _receive(self, send: _Send, block: Block, num_rows: int) -> tuple[Rows, Tensor | None]:
+        """Look at what arrived, as tensors that keep the block; or widened, as copies.
+
+        Returns:
+            The rows, and the links between them where there are some.
+        """
         must_copy = self._arena.num_bytes_in_use > self._max_view_bytes
         memory = self._device.views(
             self._arena.address(self.rank, block.place),
@@ -311,17 +346,30 @@ class CudaBackend:
         )
         # Once widened, the FP8 rows are of no more use: what came with them must not hold them.
         is_widened = send.rows.widen_to is not None
-        return as_asked(send.layout.received(memory, num_rows, must_copy or is_widened), send.rows)
+        rows, links = send.layout.received(memory, num_rows, must_copy or is_widened)
+        return as_asked(rows, send.rows), links
 
     # -- combine ----------------------------------------------------------------------------------
 
     def _offer_rows(
-        self, call: Call, x: Memory, weights: Memory | None, lies_at: int | None
-    ) -> list[tuple[int, int]]:
+        self,
+        call: Call,
+        x: Memory,
+        weights: Memory | None,
+        lies_at: int | None,
+        links: Memory | None,
+    ) -> _cuda.Report:
         """Put rows where peers reach them, and meet; all grow together if one must.
 
+        Args:
+            call: this combine.
+            x: rows.
+            weights: theirs.
+            lies_at: where peers reach the rows already.
+            links: by which sums of the rows are put there instead.
+
         Returns:
-            Where every rank's rows and weights are.
+            All ranks' words: where every rank's rows and weights are.
         """
         copied = 0 if lies_at is not None else align(x.num_bytes, 64)
         num_bytes = copied + (0 if weights is None else weights.num_bytes)
@@ -331,12 +379,12 @@ class CudaBackend:
                 kind, offer, weights_place = _cuda.NEEDS_ROOM, NO_BLOCK, NO_PLACE
             else:
                 kind, weights_place = _cuda.TAKES_PART, NO_PLACE
-                offer = Block(block.place if copied else NO_PLACE, 0)
+                offer = Block(block.place if copied else NO_PLACE, int(links is not None))
                 if lies_at is not None:
                     offer = Block(lies_at, 0)
                 if weights is not None and weights.num_bytes:
                     weights_place = block.place + copied
-                self._stage(x if copied else None, weights, block, copied)
+                self._stage(x if copied else None, weights, block, links)
             try:
                 report = self._meeting.meet(
                     "combine", call, offer, weights_place=weights_place, kind=kind
@@ -351,24 +399,36 @@ class CudaBackend:
                 raise
             if all_take_part:
                 self._lent.append(block or NO_BLOCK)
-                return [(word.rows_place, word.weights_place) for word in report.words]
+                return report
             self._arena.free(block or NO_BLOCK)
 
     def _stage(
-        self, x: Memory | None, weights: Memory | None, block: Block, weights_at: int
+        self, x: Memory | None, weights: Memory | None, block: Block, links: Memory | None
     ) -> None:
+        """Copy rows, or their sums by `links`, to a block, and weights behind them."""
         if block.num_bytes == 0:
             return
         start = self._arena.address(self.rank, block.place)
-        args = _cuda.StageArgs(
+        num_bytes = 0 if x is None else x.num_bytes
+        stage = _cuda.StageArgs(
             rows=_address(x),
             to_rows=start,
-            num_row_bytes=0 if x is None else x.num_bytes,
+            num_row_bytes=num_bytes,
             weights=_address(weights),
-            to_weights=start + weights_at,
+            to_weights=start + align(num_bytes, 64),
             num_weight_bytes=0 if weights is None else weights.num_bytes,
         )
-        self._device.launch(_cuda.plan_stage(args, self._num_sms))
+        if x is None or links is None:
+            self._device.launch(_cuda.plan_stage(stage, self._num_sms))
+            return
+        num_rows, hidden = x.shape
+        args = _cuda.ReduceArgs(
+            stage=stage,
+            links=links.address,
+            num_rows=num_rows,
+            row_bytes=hidden * x.dtype.itemsize,
+        )
+        self._device.launch(_cuda.plan_reduce(args, SUM_DTYPES[x.dtype], self._num_sms))
 
     # -- both -------------------------------------------------------------------------------------
 

@@ -40,12 +40,15 @@ class RowLayout:
         scales: `[S]`.
         weights: `[K]`, expert-major one.
         idx: `[K]` local experts, only in a fresh dispatch by rank.
+        links: `[2]`, how a token's rows hang together (RowLink in csrc/cuda/protocol.h), where it
+            may have several on a rank.
     """
 
     x: Part
     scales: Part | None
     weights: Part | None
     idx: Part | None
+    links: Part | None
 
     @staticmethod
     def of(rows: Rows, call: Call, topk_idx: Tensor | None) -> "RowLayout":
@@ -59,38 +62,41 @@ class RowLayout:
         elif rows.scales is not None:
             scales = Part(rows.scales.dtype, (rows.scales.shape[1],))
         weights = None if rows.topk_weights is None else Part(rows.topk_weights.dtype, columns)
-        return RowLayout(
-            x, scales, weights, None if topk_idx is None else Part(topk_idx.dtype, columns)
-        )
+        idx = None if topk_idx is None else Part(topk_idx.dtype, columns)
+        may_repeat = call.expand and call.num_topk > 1
+        return RowLayout(x, scales, weights, idx, Part(torch.int32, (2,)) if may_repeat else None)
 
     def starts(self, num_rows: int) -> list[int]:
-        """Return where x, scales, weights and indices of `num_rows` rows start, and the end."""
+        """Return where the parts of `num_rows` rows start, in the order above, and the end."""
         starts, end = [], 0
-        for part in (self.x, self.scales, self.weights, self.idx):
+        for part in (self.x, self.scales, self.weights, self.idx, self.links):
             starts.append(end)
             if part is not None:
                 end = align(end + num_rows * part.num_bytes, _PART_ALIGNMENT)
         return [*starts, end]
 
-    def received(self, memory: Tensor, num_rows: int, must_copy: bool) -> Rows:
-        """Look at a block, `[bytes]` uint8, as rows; or copy them out of it."""
+    def received(
+        self, memory: Tensor, num_rows: int, must_copy: bool
+    ) -> tuple[Rows, Tensor | None]:
+        """Look at a block, `[bytes]` uint8, as rows, or copy them out of it; copy links."""
         starts = self.starts(num_rows)
 
-        def look(start: int, part: Part | None) -> Tensor | None:
+        def look(start: int, part: Part | None, copies: bool = must_copy) -> Tensor | None:
             if part is None:
                 return None
             data = memory[start : start + num_rows * part.num_bytes].view(part.dtype)
             data = data.view(num_rows, *part.shape)
-            return data.clone() if must_copy else data
+            return data.clone() if copies else data
 
         x = look(0, self.x)
         assert x is not None
-        return Rows(
+        rows = Rows(
             x,
             look(starts[1], self.scales),
             look(starts[2], self.weights),
             look(starts[3], self.idx),
         )
+        return rows, look(starts[4], self.links, True)
 
 
 def item_bytes(part: Part | None) -> int:

@@ -184,11 +184,11 @@ def deepep_combine(shape: Shape, expand: bool) -> list[Line]:
     ]
 
 
-def line_of(counts: Counts, num_tokens: int, row_bytes: int) -> Line:
+def line_of(name: str, counts: Counts, num_tokens: int, row_bytes: int) -> Line:
     """Return what was counted, per token."""
     bytes_per_token = num_tokens * row_bytes
     return Line(
-        "ep_megatron",
+        name,
         counts.peer_bytes / bytes_per_token,
         (counts.peer_bytes + counts.own_bytes) / bytes_per_token,
         f"{counts.launches:g}",
@@ -209,26 +209,41 @@ def tables(case: Case, num_sms: int = 8) -> Iterator[str]:
     for recipe in (None, FP8):
         row = 1.0 if recipe is None else (case.hidden + case.hidden // 32) / row_bytes
         for expand in (False, True):
-            ranks = Ranks(case.num_ranks, config=BufferConfig(timeout=1e9, num_sms=num_sms))
-            sent, received = counted(ranks, dispatch, case, expand, recipe)
-            back, _ = counted(ranks, combine, received)
+            sent, back = _one_call(case, num_sms, expand, recipe, reduces=False)
+            lines = [line_of("ep_megatron", back, num_tokens, row_bytes)]
+            if expand and recipe is None:
+                _, reduced = _one_call(case, num_sms, expand, recipe, reduces=True)
+                lines.append(line_of("ep_megatron, reduced", reduced, num_tokens, row_bytes))
             order = "by expert" if expand else "by rank"
-            calls = [(f"dispatch, {order}", sent, deepep_dispatch(shape, row, expand))]
+            own = line_of("ep_megatron", sent, num_tokens, row_bytes)
+            calls = [(f"dispatch, {order}", sent, [own, *deepep_dispatch(shape, row, expand)])]
             if recipe is None:
-                calls.append((f"combine, {order}", back, deepep_combine(shape, expand)))
-            for what, mine, others in calls:
+                lines += deepep_combine(shape, expand)
+                calls.append((f"combine, {order}", back, lines))
+            for what, mine, lines in calls:
                 yield ""
                 yield (
                     f"| {what}, {'bfloat16' if recipe is None else 'FP8'} | rows over NVLink | "
                     "rows read and written | launches | waits for ranks | warp instructions |"
                 )
                 yield "|---|---|---|---|---|---|"
-                for line in (line_of(mine, num_tokens, row_bytes), *others):
+                for line in lines:
                     yield line.text()
                 yield (
                     f"Beside rows: {mine.fixed_bytes / case.num_ranks / 1024:.1f} KiB per rank and "
                     f"call over NVLink; {mine.barriers:g} block barriers in kernels that move rows."
                 )
+
+
+def _one_call(
+    case: Case, num_sms: int, expand: bool, recipe: Fp8Recipe | None, reduces: bool
+) -> tuple[Counts, Counts]:
+    """Return what one dispatch and the combine of what came take."""
+    config = BufferConfig(timeout=1e9, num_sms=num_sms, reduce_before_combine=reduces)
+    ranks = Ranks(case.num_ranks, config=config)
+    sent, received = counted(ranks, dispatch, case, expand, recipe)
+    back, _ = counted(ranks, combine, received)
+    return sent, back
 
 
 def main() -> None:
