@@ -17,18 +17,13 @@ from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceArena, align
+from ep_megatron.backends.device_links import SUM_DTYPES, address_of, expand, stage
 from ep_megatron.backends.device_meeting import DeviceMeeting
 from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, limit_error, recipe_of
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle
 
-SUM_DTYPES = {
-    torch.bfloat16: _cuda.DType.bfloat16,
-    torch.float16: _cuda.DType.float16,
-    torch.float32: _cuda.DType.float32,
-    torch.float64: _cuda.DType.float64,
-}
 # Sums of such rows are of their dtype: nothing is lost when they are made in two steps.
 _EXACT_DTYPES = (torch.float32, torch.float64)
 _NO_LIMIT = 1 << 47  # bytes; what the GPU has is the limit
@@ -190,10 +185,10 @@ class CudaBackend:
                 row_bytes=rows.x.shape[1] * rows.x.element_size(),
                 weight_bytes=0 if weights is None else weights.dtype.itemsize,
                 expand=handle.expand,
-                bias_0=_address(bias_inputs[0]),
-                bias_1=_address(bias_inputs[1]),
+                bias_0=address_of(bias_inputs[0]),
+                bias_1=address_of(bias_inputs[1]),
                 out=out.address,
-                out_weights=_address(out_weights),
+                out_weights=address_of(out_weights),
                 from_x=self._arena.addresses([rows_place for rows_place, _ in places]),
                 from_weights=self._arena.addresses([weights_place for _, weights_place in places]),
                 is_reduced=[word.rows_bytes for word in report.words],
@@ -267,7 +262,7 @@ class CudaBackend:
                 raise
             starts = self._push(send, sizes, places)
             self._meeting.arrive(waits=True)
-            self._expand(send.layout, starts, sizes.num_rows[self.rank])
+            expand(self._device, send.layout, starts, sizes.num_rows[self.rank], self._num_sms)
         return report, sizes, block
 
     def _push(self, send: _Send, sizes: Sizes, places: Sequence[int]) -> list[int]:
@@ -285,9 +280,9 @@ class CudaBackend:
             valid.write(struct.pack(f"<{len(sizes.valid)}i", *sizes.valid))
         args = _cuda.DispatchArgs(
             x=send.x.address,
-            scales=_address(send.scales),
-            weights=_address(send.weights),
-            topk_idx=_address(send.topk_idx),
+            scales=address_of(send.scales),
+            weights=address_of(send.weights),
+            topk_idx=address_of(send.topk_idx),
             routes=send.routes.address,
             valid=valid.device_address,
             num_tokens=len(send.rows.x),
@@ -316,21 +311,6 @@ class CudaBackend:
             launch = _cuda.plan_dispatch_cast(args, SUM_DTYPES[send.x.dtype], self._num_sms)
         self._device.launch(launch)
         return starts[self.rank]
-
-    def _expand(self, layout: RowLayout, starts: Sequence[int], num_rows: int) -> None:
-        """Copy what has crossed once to all of its places here."""
-        if layout.links is None or num_rows == 0:
-            return
-        x, scales, _, _, links, _ = starts
-        args = _cuda.ExpandArgs(
-            x=x,
-            scales=scales,
-            links=links,
-            num_rows=num_rows,
-            row_bytes=layout.x.num_bytes,
-            scale_bytes=0 if layout.scales is None else layout.scales.num_bytes,
-        )
-        self._device.launch(_cuda.plan_expand(args, self._num_sms))
 
     def _receive(self, send: _Send, block: Block, num_rows: int) -> tuple[Rows, Tensor | None]:
         """Look at what arrived, as tensors that keep the block; or widened, as copies.
@@ -361,12 +341,7 @@ class CudaBackend:
     ) -> _cuda.Report:
         """Put rows where peers reach them, and meet; all grow together if one must.
 
-        Args:
-            call: this combine.
-            x: rows.
-            weights: theirs.
-            lies_at: where peers reach the rows already.
-            links: by which sums of the rows are put there instead.
+        `lies_at`: where peers reach the rows already. `links`: sums by them are put there instead.
 
         Returns:
             All ranks' words: where every rank's rows and weights are.
@@ -384,7 +359,10 @@ class CudaBackend:
                     offer = Block(lies_at, 0)
                 if weights is not None and weights.num_bytes:
                     weights_place = block.place + copied
-                self._stage(x if copied else None, weights, block, links)
+                if block.num_bytes:
+                    start = self._arena.address(self.rank, block.place)
+                    rows = x if copied else None
+                    stage(self._device, rows, weights, start, links, self._num_sms)
             try:
                 report = self._meeting.meet(
                     "combine", call, offer, weights_place=weights_place, kind=kind
@@ -402,34 +380,6 @@ class CudaBackend:
                 return report
             self._arena.free(block or NO_BLOCK)
 
-    def _stage(
-        self, x: Memory | None, weights: Memory | None, block: Block, links: Memory | None
-    ) -> None:
-        """Copy rows, or their sums by `links`, to a block, and weights behind them."""
-        if block.num_bytes == 0:
-            return
-        start = self._arena.address(self.rank, block.place)
-        num_bytes = 0 if x is None else x.num_bytes
-        stage = _cuda.StageArgs(
-            rows=_address(x),
-            to_rows=start,
-            num_row_bytes=num_bytes,
-            weights=_address(weights),
-            to_weights=start + align(num_bytes, 64),
-            num_weight_bytes=0 if weights is None else weights.num_bytes,
-        )
-        if x is None or links is None:
-            self._device.launch(_cuda.plan_stage(stage, self._num_sms))
-            return
-        num_rows, hidden = x.shape
-        args = _cuda.ReduceArgs(
-            stage=stage,
-            links=links.address,
-            num_rows=num_rows,
-            row_bytes=hidden * x.dtype.itemsize,
-        )
-        self._device.launch(_cuda.plan_reduce(args, SUM_DTYPES[x.dtype], self._num_sms))
-
     # -- both -------------------------------------------------------------------------------------
 
     def _check_limits(self, operation: str, call: Call) -> None:
@@ -446,7 +396,3 @@ class CudaBackend:
 
     def _input(self, tensor: Tensor | None) -> Memory | None:
         return None if tensor is None else self._device.input(tensor)
-
-
-def _address(memory: Memory | None) -> int:
-    return 0 if memory is None else memory.address

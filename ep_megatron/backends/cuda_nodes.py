@@ -21,8 +21,9 @@ from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
 from ep_megatron.backends.crossing import Crossing, join, split
-from ep_megatron.backends.cuda import SUM_DTYPES, CudaBackend
+from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.device import Device, Memory
+from ep_megatron.backends.device_links import SUM_DTYPES
 from ep_megatron.backends.device_rows import limit_error
 from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, sum_weights
 from ep_megatron.backends.meeting import Meeting
