@@ -212,7 +212,8 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
         const char* row = args.stage.rows + (mine < 0 ? 0 : mine) * args.row_bytes;
         char* to = args.stage.to_rows + head * args.row_bytes;
         if (rows == 1u)  // its bits, a NaN's payload included
-            push_row(row, threadIdx.x % kWarpSize == 0 ? to : nullptr, args.row_bytes);
+            push_row(args.stage.rows + head * args.row_bytes,
+                     threadIdx.x % kWarpSize == 0 ? to : nullptr, args.row_bytes);
         else
             sum_rows<D>(row, rows, to, args.row_bytes);
     }
