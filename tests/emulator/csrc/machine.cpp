@@ -1,6 +1,7 @@
 // The host's side of the machine: memory, modules, launches, waiting.
 #include "machine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <sstream>
@@ -178,30 +179,36 @@ void Machine::throw_if_broken() const {
     if (!broken_.empty()) throw Fault(broken_);
 }
 
+/// A host whose wait is over counts as one that can launch, however late it wakes up.
+bool Machine::all_hosts_wait() const {
+    return static_cast<int>(waiting_.size()) >= num_ranks_ &&
+           std::none_of(waiting_.begin(), waiting_.end(),
+                        [](const Predicate* done) { return (*done)(); });
+}
+
 /// Let the machine run, by this thread or another, until `done`.
-template <class Predicate>
-void Machine::drive(int rank, Predicate done) {
+void Machine::drive(int rank, const Predicate& done) {
     using clock = std::chrono::steady_clock;
     const auto seconds = [](double count) {
         return std::chrono::duration_cast<clock::duration>(std::chrono::duration<double>(count));
     };
     std::unique_lock lock(mutex_);
-    const Waiting waiting(*this);
+    const Waiting waiting(*this, done);
     // All ranks begin together if they come soon, so that one seed gives one interleaving.
     const auto arrival = clock::now();
-    while (rank >= 0 && num_waiting_ < num_ranks_ && !is_driven_ && !done() && broken_.empty() &&
-           clock::now() - arrival < seconds(options_.grace_seconds))
+    while (rank >= 0 && static_cast<int>(waiting_.size()) < num_ranks_ && !is_driven_ && !done() &&
+           broken_.empty() && clock::now() - arrival < seconds(options_.grace_seconds))
         changed_.wait_for(lock, seconds(options_.grace_seconds / 4));
-    auto last_moved = clock::now();
     u64 stuck_at = ~u64{0};  // the last progress when the machine got stuck
+    auto stuck_since = clock::now();
     while (!done()) {
         throw_if_broken();
         if (is_driven_ || stuck_at == last_progress_) {
             changed_.wait_for(lock, std::chrono::milliseconds(20));
             // Stuck is a hang once no host is left that could launch something.
-            const bool alone = rank < 0 || num_waiting_ >= num_ranks_;
-            if (!is_driven_ && stuck_at == last_progress_ &&
-                (alone || clock::now() - last_moved > seconds(options_.host_seconds)))
+            if (!done() && !is_driven_ && stuck_at == last_progress_ &&
+                (rank < 0 || all_hosts_wait() ||
+                 clock::now() - stuck_since > seconds(options_.host_seconds)))
                 broken_ = "hang: nothing can move any more; " + describe_waiting();
             continue;
         }
@@ -213,10 +220,7 @@ void Machine::drive(int rank, Predicate done) {
             broken_ = error.what();
         }
         is_driven_ = false;
-        if (progress == Progress::kStuck)
-            stuck_at = last_progress_;
-        else
-            last_moved = clock::now();
+        if (progress == Progress::kStuck) stuck_at = last_progress_, stuck_since = clock::now();
         changed_.notify_all();
         lock.unlock();
         let_hosts_in();

@@ -250,14 +250,18 @@ class Machine {
     bool let_time_pass();
     bool is_idle(int rank, int stream) const;
     std::string describe_waiting() const;
+    using Predicate = std::function<bool()>;
     /// A host inside synchronize or run, for as long as this lives. The mutex is held at both ends.
     struct Waiting {
-        explicit Waiting(Machine& machine_) : machine(machine_) {
-            ++machine.num_waiting_, machine.changed_.notify_all();
+        Waiting(Machine& machine_, const Predicate& done_) : machine(machine_), done(done_) {
+            machine.waiting_.insert(&done), machine.changed_.notify_all();
         }
-        ~Waiting() { --machine.num_waiting_, machine.changed_.notify_all(); }
+        ~Waiting() { machine.waiting_.erase(&done), machine.changed_.notify_all(); }
         Machine& machine;
+        const Predicate& done;
     };
+    /// Whether every rank's host waits for something that has not happened: none will launch.
+    bool all_hosts_wait() const;
     void throw_if_broken() const;
     /// The mutex, for a host that launches or moves data: whoever executes stops for it.
     class HostLock {
@@ -274,8 +278,7 @@ class Machine {
     void let_hosts_in() const {
         while (num_hosts_calling_ > 0) std::this_thread::yield();
     }
-    template <class Predicate>
-    void drive(int rank, Predicate done);
+    void drive(int rank, const Predicate& done);
 
     const int num_ranks_;
     const Options options_;
@@ -310,9 +313,9 @@ class Machine {
     mutable std::mutex mutex_;
     std::condition_variable changed_;
     mutable std::atomic<int> num_hosts_calling_ = 0;
-    bool is_driven_ = false;  // some thread executes right now
-    int num_waiting_ = 0;     // ranks inside synchronize
-    std::string broken_;      // why the machine stopped
+    bool is_driven_ = false;              // some thread executes right now
+    std::set<const Predicate*> waiting_;  // what hosts inside synchronize wait for
+    std::string broken_;                  // why the machine stopped
 };
 
 }  // namespace ptx
