@@ -153,9 +153,9 @@ def test_rows_may_be_reduced_before_they_are_combined(mode: str) -> None:
         no_report(ranks)
 
 
-def check_mixed(backend: Backend, reference: Backend, case: Case) -> None:
-    """Rows that lie in the arena are read where they are; rank 0's, which do not, are reduced."""
-    x = case.x(backend.rank, torch.float32)
+def check_mixed(backend: Backend, reference: Backend, case: Case, dtype: torch.dtype) -> None:
+    """Rows in the arena are read where they are; rank 0's are elsewhere, and may be reduced."""
+    x = case.x(backend.rank, dtype)
     routing = Routing(case.topk_idx(backend.rank), case.num_experts, expand=True)
     (mine, handle), (other, other_handle) = (
         b.dispatch(Rows(x), routing) for b in (backend, reference)
@@ -166,7 +166,7 @@ def check_mixed(backend: Backend, reference: Backend, case: Case) -> None:
 
 def test_some_ranks_reduce() -> None:
     ranks = Ranks(REPEATED.num_ranks)
-    ranks.run(check_mixed, REPEATED)
+    ranks.run(check_mixed, REPEATED, torch.float32)
     launched = [{launch.kernel for launch in device.launches} for device in ranks.devices]
     assert ["ep_reduce_float32_kernel" in kernels for kernels in launched] == [True, False]
 

@@ -64,6 +64,7 @@ FLOORS = [
         "backends.device_rows",
         "backends.checked",
     },
+    {"backends.device_links"},
     {
         "backends.hierarchical",
         "backends.cuda",

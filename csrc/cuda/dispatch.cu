@@ -90,9 +90,10 @@ __device__ __forceinline__ void push_beside(const DispatchArgs& args,
     if (args.link_bytes != 0) args.to_links[routes.rank][routes.row] = routes.link;
 }
 
-__device__ __forceinline__ void fill_row(char* row, int num_bytes, uint32_t word) {
-    for (int at = threadIdx.x % kWarpSize * 4; at < num_bytes; at += kWarpSize * 4)
-        store_4(row + at, word);
+/// Fill an item of at most 128 bytes.
+__device__ __forceinline__ void fill_item(char* item, int num_bytes, uint32_t word) {
+    const int at = threadIdx.x % kWarpSize * 4;
+    if (at < num_bytes) store_4(item + at, word);
 }
 
 /// Zero the padding rows of this rank's blocks; nobody else writes them. Warps take them in turn.
@@ -111,10 +112,12 @@ __device__ __forceinline__ void clear_padding(const DispatchArgs& args,
             for (int at = threadIdx.x % kWarpSize * kLaneBytes; at < args.out_row_bytes;
                  at += kStepBytes)
                 store_16(x + at, make_uint4(0, 0, 0, 0));
-            fill_row(args.to_scales[args.rank] + row * args.scale_bytes, args.scale_bytes, 0);
-            fill_row(args.to_weights[args.rank] + row * args.weight_bytes, args.weight_bytes, 0);
-            fill_row(reinterpret_cast<char*>(args.to_links[args.rank] + row), args.link_bytes,
-                     kNoRow);
+            char* scales = args.to_scales[args.rank] + row * args.scale_bytes;
+            for (int at = threadIdx.x % kWarpSize * 4; at < args.scale_bytes; at += kWarpSize * 4)
+                store_4(scales + at, 0);
+            fill_item(args.to_weights[args.rank] + row * args.weight_bytes, args.weight_bytes, 0);
+            fill_item(reinterpret_cast<char*>(args.to_links[args.rank] + row), args.link_bytes,
+                      kNoRow);
         }
         block_start += end;
         num_before += end - valid;
