@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ep_megatron import threads
+
 logger = logging.getLogger(__name__)
 
 _EXIT_GRACE = 5.0  # seconds that queued work may still take when the interpreter ends
@@ -86,8 +88,7 @@ class _Worker:
             if self._is_ended:
                 raise RuntimeError(f"{name}: expected a stream in use, got one that was closed")
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-                self._thread.start()
+                self._thread = threads.start(self._serve, name=self._name)
                 _workers.add(self)
             self._queue.put(task)
             self._last = task

@@ -199,6 +199,38 @@ if rank == 1:
         assert out == ("32.0\n" if rank else ""), err
 
 
+def test_a_rank_ends_while_a_thread_drops_a_group(tmp_path: Path) -> None:
+    """The last to hold connections may be a thread; torch ends the process that forgets it."""
+    code = """
+import gc, sys, torch, torch.distributed as dist
+from ep_megatron import Buffer
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+buffer = Buffer(dist.group.WORLD, backend="hierarchical")
+idx = torch.tensor([[0, 1], [1, 0]])
+x, _, _, _, handle, event = buffer.dispatch(
+    torch.ones(2, 8), topk_idx=idx, num_experts=2, async_finish=True
+)
+event.current_stream_wait()
+event = buffer.combine(x, handle, async_finish=True)[2]
+event.current_stream_wait()
+del buffer, x, handle, event
+dist.destroy_process_group()
+gc.collect()
+"""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
+            stderr=PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+
+
 @pytest.mark.parametrize("backend", ["shared_memory", "process_group"])
 def test_a_rank_that_never_comes_is_named_at_the_deadline(backend: str) -> None:
     with Ranks(backend, never_come) as ranks:

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ep_megatron"
 # A module imports only from floors below its own; a name stands for the rooms inside it too.
 FLOORS = [
+    {"threads"},
     {
         "config",
         "handle",

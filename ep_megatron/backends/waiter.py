@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ep_megatron import threads
+
 _NEVER_SENT = (1 << 30) - 1  # a tag
 
 
@@ -48,10 +50,8 @@ class Waiter:
             return action()
         if self._thread is None or not self._thread.is_alive():
             # A daemon: a wait that nobody hears any more must not hold up the end of the process.
-            self._thread = threading.Thread(
-                target=_serve, args=(self._tasks,), name="ep_megatron waiter", daemon=True
-            )
-            self._thread.start()
+            self._thread = threads.start(_serve, self._tasks, name="ep_megatron waiter")
+            threads.end_at_exit(self)
         answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._tasks.put((action, answer))
         try:
@@ -63,8 +63,12 @@ class Waiter:
             raise error
         return None
 
-    def __del__(self) -> None:
+    def end(self) -> None:
+        """Let the thread end behind what it runs; the next `run` starts another."""
+        self._thread = None
         self._tasks.put(None)
+
+    __del__ = end
 
 
 def _serve(tasks: "queue.SimpleQueue[Any]") -> None:

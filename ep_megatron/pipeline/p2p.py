@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_megatron import threads
+
 _POLL_SECONDS = 0.2
 _SHAPE_DIMS = 4
 
@@ -164,7 +166,7 @@ class Channel:
     def close(self) -> None:
         """Let go of what waits for messages; harmless to call again."""
         if self._waiter is not None:
-            self._waiter.close()
+            self._waiter.end()
 
     def _send(self, message: Tensor, tag: int) -> None:
         work = dist.isend(message, self._peer, self._group, tag)
@@ -231,7 +233,7 @@ def swap(
     except RuntimeError as error:  # the connection is gone already
         reason = _first_line(error)
     finally:
-        waiter.close()
+        waiter.end()
     if reason:
         raise RuntimeError(
             f"pipeline: expected the other copies of this rank's stages within {timeout:g} s, got "
@@ -278,13 +280,13 @@ class _Waiter:
     def add(self, work: Any) -> "Future[None]":
         """Return a future that is done when the work is; works are done in order."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ep pipeline p2p", daemon=True)
-            self._thread.start()
+            self._thread = threads.start(self._run, name="ep pipeline p2p")
+            threads.end_at_exit(self)
         future: Future[None] = Future()
         self._works.put((work, future))
         return future
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End the thread once it has nothing left to wait for."""
         if self._thread is not None:
             self._works.put(None)
