@@ -16,11 +16,11 @@ TASK = Round(0, "", "shared_memory", ((0, 1, 2),), 0.0, 60.0)
 GONE = ("RuntimeError", "dispatch: rank 1 is gone (last call 7, combine)")
 
 
-def test_a_short_soak_finds_nothing_wrong() -> None:
-    outcome = soak(0.3, 3, seed=5, round_seconds=1.0)
+def test_two_minutes_at_eight_ranks_find_nothing_wrong() -> None:
+    outcome = soak(2.0, 8, seed=5, round_seconds=2.0)
     assert not outcome.problems, words(outcome)
-    assert sum(outcome.rounds.values()) >= 2
-    assert outcome.num_checks > 20
+    assert sum(outcome.rounds.values()) >= 4
+    assert outcome.num_checks > 200
     assert "no problem" in words(outcome)
 
 
