@@ -99,8 +99,8 @@ SCHEDULE_FLOORS = [
 ]
 # Those that run schedules, as far as they know nothing of a Buffer.
 RUNTIME_FLOORS = [
-    {"pipeline.weight_grad", "pipeline.recompute", "pipeline.p2p"},
-    {"pipeline.observer", "pipeline.prediction"},
+    {"pipeline.weight_grad", "pipeline.recompute"},
+    {"pipeline.p2p", "pipeline.observer", "pipeline.prediction"},
     {"pipeline.nodes"},
     {"pipeline.placement", "pipeline.runtime"},
     {"pipeline.copies"},
