@@ -122,7 +122,7 @@ def test_a_token_crosses_once_per_node() -> None:
     nodes.run(send)
     counts = nodes.machine.counts()
     record = 1024 + 16  # expert ids beside the row
-    assert counts["nic_put"]["peer_written"] == 2 * record + 4
+    assert counts["nic_put"]["peer_written"] == 2 * record + 8
     no_report(nodes)
 
 

@@ -9,11 +9,8 @@ extern "C" __global__ void __launch_bounds__(kArriveThreads)
     ep_cross_wait_kernel(const __grid_constant__ CrossWaitArgs args) {
     const int rank = threadIdx.x;
     bool is_there = true;
-    uint32_t seen = args.epoch;
-    if (rank < args.num_ranks && args.expected[rank] != 0) {
-        seen = wait_for_epoch(&args.signals[rank], args.expected[rank], args.timeout_ns);
-        is_there = static_cast<int32_t>(seen - args.expected[rank]) >= 0;
-    }
+    if (rank < args.num_ranks && args.expected[rank] != 0)
+        is_there = wait_for_signal(&args.signals[rank], args.expected[rank], args.timeout_ns);
     if (__syncthreads_and(is_there)) return;
     if (rank < args.num_ranks) args.error->seen[rank] = is_there ? args.epoch : args.epoch - 1;
     __syncthreads();

@@ -10,10 +10,10 @@ namespace ep::cuda {
 /// order of RDMA that is relied on. Two sets of signals are used in turn, so that a put of the next
 /// exchange may overtake one of this.
 struct CrossWaitArgs {
-    const uint32_t* signals;       // by source rank; numbers of exchanges, which only grow
-    uint32_t expected[kMaxRanks];  // 0: nothing comes from that rank
+    const uint64_t* signals;       // by source rank; numbers of exchanges, which only grow
+    uint64_t expected[kMaxRanks];  // 0: nothing comes from that rank
     int32_t num_ranks;
-    uint32_t epoch;  // of the exchange, for the error
+    uint32_t epoch;  // of the exchange, as the error names it
     uint64_t timeout_ns;
     ArriveError* error;
 };

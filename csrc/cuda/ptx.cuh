@@ -21,6 +21,14 @@ __device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* flag) {
     return value;
 }
 
+/// Look at a signal that a network card writes behind the data of its put, or a peer's kernel as it
+/// would a flag. What this thread does later, and after a barrier its block, sees that data.
+__device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* signal) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(signal) : "memory");
+    return value;
+}
+
 /// Nanoseconds of a clock that all blocks share. No order with anything.
 __device__ __forceinline__ uint64_t now_nanoseconds() {
     uint64_t now;
@@ -43,6 +51,18 @@ __device__ __forceinline__ uint32_t wait_for_epoch(const uint32_t* flag,
         seen = load_acquire_system(flag);
     } while (static_cast<int32_t>(seen - epoch) < 0 && now_nanoseconds() - start < timeout_ns);
     return seen;
+}
+
+/// Wait until a signal reaches `value`; returns whether it did before `timeout_ns` went by.
+/// Acquires as load_acquire_system does.
+__device__ __forceinline__ bool wait_for_signal(const uint64_t* signal,
+                                                uint64_t value,
+                                                uint64_t timeout_ns) {
+    const uint64_t start = now_nanoseconds();
+    do {
+        if (load_acquire_system(signal) >= value) return true;
+    } while (now_nanoseconds() - start < timeout_ns);
+    return false;
 }
 
 /// Two float32 to e4m3, nearest even; beyond 448 becomes 448, NaN 0x7f. `low` in the low byte.

@@ -17,7 +17,8 @@ from ep_megatron.backends.device import Device
 from ep_megatron.backends.network import Network
 
 _ALIGNMENT = 256
-_EPOCH_MASK = 0xFFFFFFFF
+_EPOCH_MASK = 0xFFFFFFFF  # of what an error names
+_SIGNAL_BYTES = 8
 _NUM_PLACES = 2
 RECORD_ALIGNMENT = 16
 
@@ -40,7 +41,7 @@ class Crossing:
         self._device, self._network = device, network
         self._rank, self._num_ranks = rank, num_ranks
         self._timeout, self._num_sms = config
-        self._signals = network.allocate(_NUM_PLACES * 4 * num_ranks)
+        self._signals = network.allocate(_NUM_PLACES * _SIGNAL_BYTES * num_ranks)
         self._error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
         self._epoch, self._place_bytes, self._outbox, self._inbox = 0, 0, 0, 0
 
@@ -60,11 +61,11 @@ class Crossing:
         assert len(records) == sent[me]
         assert width % RECORD_ALIGNMENT == 0
         self._make_room(width * max(*sent, *received))
-        self._epoch = self._epoch + 1 & _EPOCH_MASK or 2  # after the last one, an even number
+        self._epoch += 1
         place = self._epoch % _NUM_PLACES
         outbox = self._outbox + place * self._place_bytes
         inbox = self._inbox + place * self._place_bytes
-        signals = self._signals + place * 4 * self._num_ranks
+        signals = self._signals + place * _SIGNAL_BYTES * self._num_ranks
         memory = self._device.input(records)
         with self._device.on_stream():
             if sent[me]:
@@ -80,7 +81,7 @@ class Crossing:
                         outbox + width * sum(num_rows[me][:peer]),
                         inbox + width * sum(num_rows[source][peer] for source in range(me)),
                         width * num_rows[me][peer],
-                        signals + 4 * me,
+                        signals + _SIGNAL_BYTES * me,
                         self._epoch,
                     )
             if received[me]:
@@ -118,7 +119,7 @@ class Crossing:
             signals=signals,
             expected=list(expected),
             num_ranks=self._num_ranks,
-            epoch=self._epoch,
+            epoch=self._epoch & _EPOCH_MASK or 1,
             timeout_ns=int(self._timeout * 1e9),
             error=self._error.device_address,
         )

@@ -20,7 +20,7 @@ class Network(Protocol):
     def put_signal(
         self, peer: int, source: int, target: int, num_bytes: int, signal: int, value: int
     ) -> None:
-        """Copy memory to a peer, and then write `value` to its uint32 at `signal`.
+        """Copy memory to a peer, and then write `value` to its uint64 at `signal`.
 
         On the device's stream, inside `on_stream`: behind the kernels launched before. It ends
         at any later time; `source` must not change until the peer has seen the signal.
@@ -30,6 +30,6 @@ class Network(Protocol):
             source: address of memory of this network, a multiple of 16.
             target: likewise, standing for the peer's.
             num_bytes: a multiple of 16.
-            signal: a multiple of 4, standing for the peer's.
+            signal: a multiple of 8, standing for the peer's.
             value: to be written.
         """

@@ -44,7 +44,7 @@ _CARD = """.version 8.0
     ret;
 }
 .visible .entry nic_put(.param .u64 bell, .param .u32 count, .param .u64 source,
-    .param .u64 target, .param .u64 bytes, .param .u64 signal, .param .u32 value) {
+    .param .u64 target, .param .u64 bytes, .param .u64 signal, .param .u64 value) {
     .reg .pred %p<4>;
     .reg .b32 %r<10>;
     .reg .b64 %rd<10>;
@@ -54,7 +54,7 @@ _CARD = """.version 8.0
     ld.param.u64 %rd3, [target];
     ld.param.u64 %rd4, [bytes];
     ld.param.u64 %rd5, [signal];
-    ld.param.u32 %r2, [value];
+    ld.param.u64 %rd9, [value];
 look:
     ld.acquire.sys.global.u32 %r3, [%rd1];
     sub.s32 %r4, %r3, %r1;
@@ -75,7 +75,7 @@ copied:
     bar.warp.sync 0xffffffff;
     setp.ne.u32 %p3, %r5, 0;
     @%p3 bra done;
-    st.release.sys.global.u32 [%rd5], %r2;
+    st.release.sys.global.u64 [%rd5], %rd9;
 done:
     ret;
 }
@@ -137,7 +137,7 @@ class EmulatedNetwork:
         self, peer: int, source: int, target: int, num_bytes: int, signal: int, value: int
     ) -> None:
         machine, rank = self._machine, self._meeting.rank
-        assert num_bytes % 16 == source % 16 == target % 16 == signal % 4 == 0
+        assert num_bytes % 16 == source % 16 == target % 16 == signal % 8 == 0
         assert num_bytes > 0
         self._at(rank, source, num_bytes)  # registered
         self.num_puts += 1
@@ -148,7 +148,7 @@ class EmulatedNetwork:
             source,
             self._at(peer, target, num_bytes),
             num_bytes,
-            self._at(peer, signal, 4),
+            self._at(peer, signal, 8),
             value,
         )
         ring = machine.pack("nic_ring", self._bell, self.num_puts)
