@@ -73,6 +73,8 @@ class Word:
 
 class Report:
     @property
+    def ticket(self) -> int: ...
+    @property
     def epoch(self) -> int: ...
     @property
     def status(self) -> int: ...
@@ -173,6 +175,7 @@ def wait_for_word(address: int, epoch: int, timeout: float) -> bool: ...
 
 CONTROL_BYTES: int
 REPORT_BYTES: int
+CALL_STATE_BYTES: int
 ARRIVE_ERROR_BYTES: int
 MAX_RANKS: int
 MAX_EXPERTS: int

@@ -58,7 +58,7 @@ def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
     planned = [
         _cuda.plan_dispatch(args, 8),
         _cuda.plan_arrive(_cuda.ArriveArgs(control=tables[0], rank=71, num_ranks=72)),
-        _cuda.plan_notify(_cuda.NotifyArgs(control=tables[0], rank=71, num_ranks=72, epoch=1)),
+        _cuda.plan_notify(_cuda.NotifyArgs(control=tables[0], rank=71, num_ranks=72, ticket=1)),
         _cuda.plan_combine(
             _cuda.CombineArgs(
                 num_tokens=4,

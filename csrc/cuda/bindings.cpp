@@ -49,7 +49,6 @@ void set_head(NotifyArgs& args,
     args.head = PostHead{};
     std::copy(call.begin(), call.end(), args.head.call);
     args.head.kind = kind;
-    args.head.epoch = args.epoch;
     args.head.rows_place = rows_place;
     args.head.rows_bytes = rows_bytes;
     args.head.weights_place = weights_place;
@@ -67,7 +66,7 @@ struct Word {
 };
 
 struct ReadReport {
-    uint32_t epoch, status;
+    uint32_t ticket, epoch, status;
     std::vector<Word> words;                     // by rank
     std::vector<std::vector<int32_t>> per_rank;  // [source][destination]
     std::vector<int64_t> per_expert;             // of all ranks together
@@ -79,7 +78,7 @@ ReadReport read_report(const py::buffer& bytes, int num_ranks, int num_experts) 
         num_ranks > kMaxRanks || num_experts > kMaxExperts)
         throw std::invalid_argument("read_report: expected the bytes of one report");
     const auto& report = *static_cast<const Report*>(info.ptr);
-    ReadReport read{report.epoch, report.status, {}, {}, {}};
+    ReadReport read{report.ticket, report.epoch, report.status, {}, {}, {}};
     for (int rank = 0; rank < num_ranks; ++rank) {
         const PostHead& head = report.heads[rank];
         read.words.push_back({report.seen[rank],
@@ -137,14 +136,14 @@ void bind_args(py::module_& m) {
         .add("block_counts", &ScanArgs::block_counts)
         .add("block_bad", &ScanArgs::block_bad)
         .add("key_starts", &ScanArgs::key_starts)
-        .add("is_agreed", &ScanArgs::is_agreed)
+        .add("state", &ScanArgs::state)
         .add("routes", &ScanArgs::routes);
     Fields<NotifyArgs> notify(m, "NotifyArgs");
     notify.add("control", &NotifyArgs::control)
         .add("rank", &NotifyArgs::rank)
         .add("num_ranks", &NotifyArgs::num_ranks)
-        .add("epoch", &NotifyArgs::epoch)
-        .add("is_agreed", &NotifyArgs::is_agreed)
+        .add("ticket", &NotifyArgs::ticket)
+        .add("state", &NotifyArgs::state)
         .add("report", &NotifyArgs::report)
         .add("timeout_ns", &NotifyArgs::timeout_ns);
     notify.python_class().def("set_counts", &set_counts, py::arg("scan"), py::kw_only(),
@@ -156,7 +155,7 @@ void bind_args(py::module_& m) {
         .add("control", &ArriveArgs::control)
         .add("rank", &ArriveArgs::rank)
         .add("num_ranks", &ArriveArgs::num_ranks)
-        .add("epoch", &ArriveArgs::epoch)
+        .add("state", &ArriveArgs::state)
         .add("waits", &ArriveArgs::waits)
         .add("timeout_ns", &ArriveArgs::timeout_ns)
         .add("error", &ArriveArgs::error);
@@ -272,6 +271,7 @@ void bind_report(py::module_& m) {
         .def_readonly("rows_bytes", &Word::rows_bytes)
         .def_readonly("weights_place", &Word::weights_place);
     py::class_<ReadReport>(m, "Report")
+        .def_readonly("ticket", &ReadReport::ticket)
         .def_readonly("epoch", &ReadReport::epoch)
         .def_readonly("status", &ReadReport::status)
         .def_readonly("words", &ReadReport::words)
@@ -294,6 +294,7 @@ void bind_report(py::module_& m) {
     m.def("wait_for_word", &wait_for_word, py::arg("address"), py::arg("epoch"),
           py::arg("timeout"));
     m.attr("CONTROL_BYTES") = sizeof(Control);
+    m.attr("CALL_STATE_BYTES") = sizeof(CallState);
     m.attr("REPORT_BYTES") = sizeof(Report);
     m.attr("ARRIVE_ERROR_BYTES") = sizeof(ArriveError);
     m.attr("MAX_RANKS") = kMaxRanks;

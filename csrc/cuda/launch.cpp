@@ -119,7 +119,7 @@ Launch plan_route(ScanArgs args, int num_sms) {
 
 Launch plan_notify(const NotifyArgs& args) {
     check_ranks("notify", args.num_ranks, args.rank);
-    require(args.epoch != 0, "notify", "the number of the call", "at least 1", args.epoch);
+    require(args.ticket != 0, "notify", "the number of the host's wait", "at least 1", args.ticket);
     if (args.has_counts) {
         require_range("notify", "num_experts", args.num_experts, 1, kMaxExperts);
         require_range("notify", "expert_alignment", args.alignment, 1, 1 << 20);

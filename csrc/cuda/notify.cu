@@ -13,6 +13,11 @@ namespace {
 constexpr int kBatch = 8;
 constexpr int kWordCounts = 4;  // int32 of the 16 bytes that posts are copied by
 
+/// Numbers come round from the largest to 2: two calls in a row are never both odd, or both even.
+__device__ __forceinline__ uint32_t next_epoch(uint32_t epoch) {
+    return epoch == 0xffffffffu ? 2 : epoch + 1;
+}
+
 /// Turn every block's counts into sums over the blocks before it; totals into the post.
 __device__ __forceinline__ void sum_blocks(const NotifyArgs& args, Post& post) {
     const int num_keys = args.num_experts + args.num_ranks;
@@ -54,7 +59,9 @@ __device__ __forceinline__ void report_bad_index(const NotifyArgs& args, PostHea
 }
 
 /// A warp per peer copies the post and raises the flag.
-__device__ __forceinline__ void push_post(const NotifyArgs& args, const Post& post) {
+__device__ __forceinline__ void push_post(const NotifyArgs& args,
+                                          const Post& post,
+                                          uint32_t epoch) {
     const int lane = threadIdx.x % kWarpSize;
     const int num_bytes = args.has_counts
                               ? static_cast<int>(offsetof(Post, per_expert)) + args.num_experts * 4
@@ -64,11 +71,11 @@ __device__ __forceinline__ void push_post(const NotifyArgs& args, const Post& po
         // Each rank begins with its neighbour, so that not all write to rank 0 first.
         const int peer = (args.rank + 1 + i) % args.num_ranks;
         Control* there = args.control[peer];
-        auto* to = reinterpret_cast<uint4*>(&there->posts[args.epoch % 2][args.rank]);
+        auto* to = reinterpret_cast<uint4*>(&there->posts[epoch % 2][args.rank]);
         const auto* from = reinterpret_cast<const uint4*>(&post);
         for (int word = lane; word < num_words; word += kWarpSize) to[word] = from[word];
         __syncwarp();  // all lanes' words before lane 0's flag
-        if (lane == 0) store_release_system(&there->posted[args.rank], args.epoch);
+        if (lane == 0) store_release_system(&there->posted[args.rank], epoch);
     }
 }
 
@@ -122,6 +129,7 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     __shared__ Post post;
     __shared__ uint32_t scanned[kNotifyThreads];
     const int thread = threadIdx.x;
+    const uint32_t epoch = next_epoch(args.state->epoch);
     for (int i = thread; i < static_cast<int>(sizeof(PostHead) / 4); i += kNotifyThreads)
         reinterpret_cast<uint32_t*>(&post.head)[i] =
             reinterpret_cast<const uint32_t*>(&args.head)[i];
@@ -129,18 +137,18 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     __syncthreads();
     if (args.has_counts && thread == 0) report_bad_index(args, post.head);
     __syncthreads();
-    push_post(args, post);
+    push_post(args, post, epoch);
 
     const Control* own = args.control[args.rank];
     bool is_there = true;
     if (thread < args.num_ranks) {
-        const uint32_t seen = wait_for_epoch(&own->posted[thread], args.epoch, args.timeout_ns);
-        is_there = static_cast<int32_t>(seen - args.epoch) >= 0;
+        const uint32_t seen = wait_for_epoch(&own->posted[thread], epoch, args.timeout_ns);
+        is_there = static_cast<int32_t>(seen - epoch) >= 0;
         args.report->seen[thread] = seen;
     }
     // From here on every thread sees every post.
     const bool are_all_there = __syncthreads_and(is_there);
-    const Post* posts = own->posts[args.epoch % 2];
+    const Post* posts = own->posts[epoch % 2];
     bool is_agreed = are_all_there;
     if (are_all_there) {
         is_agreed = __syncthreads_and(thread >= args.num_ranks ||
@@ -152,29 +160,30 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
         if (is_agreed && args.has_counts) address(args, posts, scanned);
     }
     if (thread == 0) {
-        *args.is_agreed = is_agreed;
+        *args.state = {epoch, is_agreed};
+        args.report->epoch = epoch;
         args.report->status = is_agreed ? kAgreed : are_all_there ? kDisagreed : kTimedOut;
     }
     __syncthreads();  // all threads' part of the report before the flag
-    if (thread == 0) store_release_system(&args.report->epoch, args.epoch);
+    if (thread == 0) store_release_system(&args.report->ticket, args.ticket);
 }
 
 extern "C" __global__ void __launch_bounds__(kArriveThreads)
     ep_arrive_kernel(const __grid_constant__ ArriveArgs args) {
     const int thread = threadIdx.x;
     const bool is_rank = thread < args.num_ranks;
-    if (is_rank) store_release_system(&args.control[thread]->arrived[args.rank], args.epoch);
+    const uint32_t epoch = args.state->epoch;
+    if (is_rank) store_release_system(&args.control[thread]->arrived[args.rank], epoch);
     if (!args.waits) return;
-    uint32_t seen = args.epoch;
+    uint32_t seen = epoch;
     if (is_rank)
-        seen =
-            wait_for_epoch(&args.control[args.rank]->arrived[thread], args.epoch, args.timeout_ns);
-    if (__syncthreads_and(static_cast<int32_t>(seen - args.epoch) >= 0)) return;
+        seen = wait_for_epoch(&args.control[args.rank]->arrived[thread], epoch, args.timeout_ns);
+    if (__syncthreads_and(static_cast<int32_t>(seen - epoch) >= 0)) return;
     // Nobody on the host waits for this kernel: without a trap, what reads the rows would go on.
     if (is_rank) args.error->seen[thread] = seen;
     __syncthreads();
     if (thread == 0) {
-        store_release_system(&args.error->epoch, args.epoch);
+        store_release_system(&args.error->epoch, epoch);
         trap();
     }
 }

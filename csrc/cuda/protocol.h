@@ -2,11 +2,12 @@
 // What ranks tell each other on GPUs, and what every kernel is called with. Read by host and
 // device.
 //
-// The protocol is that of csrc/cpu/control.h. Calls are numbered 1, 2, 3 ... (an epoch). In a call
-// every rank *posts* (what it does, its counts, where its rows are) into every peer's memory and
-// raises its `posted` flag there; when its rows are written, or read, it raises `arrived` likewise.
-// All kernels of a rank run on one stream, so it posts call n+1 after everything of call n, and a
-// rank has finished call n only after all have posted n. Hence two places per post, taken in turn.
+// The protocol is that of csrc/cpu/control.h. Calls are numbered 1, 2, 3 ... (an epoch), on the
+// device: the same launches may be made again, by the host or by a graph. In a call every rank
+// *posts* (what it does, its counts, where its rows are) into every peer's memory and raises its
+// `posted` flag there; when its rows are written, or read, it raises `arrived` likewise. All
+// kernels of a rank run on one stream, so it posts call n+1 after everything of call n, and a rank
+// has finished call n only after all have posted n. Hence two places per post, taken in turn.
 #include <cstddef>
 #include <cstdint>
 
@@ -44,8 +45,7 @@ struct alignas(16) PostHead {
     uint64_t weights_place;  // combine: where weights are
     int64_t error_value;
     uint32_t kind;  // PostKind
-    uint32_t epoch;
-    uint64_t unused;
+    uint32_t unused[3];
     char error[kErrorBytes];
 };
 
@@ -65,12 +65,20 @@ struct alignas(16) Control {
     Post posts[2][kMaxRanks];
 };
 
+/// What notify leaves for the kernels of its call that come behind it: this rank's own device
+/// memory, zeroed once.
+struct alignas(16) CallState {
+    uint32_t epoch;  // of the call that was last begun; notify counts
+    uint32_t is_agreed;
+};
+
 enum ReportStatus : uint32_t { kAgreed = 1, kDisagreed = 2, kTimedOut = 3 };
 
 /// Mapped host memory: what notify tells the host. Written by one kernel at a time, which the host
 /// has waited for before it launches the next.
 struct alignas(16) Report {
-    uint32_t epoch;            // written last (release, system scope): the rest is of this call
+    uint32_t ticket;  // of the host's wait; written last (release, system scope): the rest is of it
+    uint32_t epoch;
     uint32_t status;           // ReportStatus
     uint32_t seen[kMaxRanks];  // last epoch that each rank has posted
     PostHead heads[kMaxRanks];
@@ -102,7 +110,7 @@ struct ScanArgs {
     int32_t* block_counts;
     uint32_t* block_bad;        // [B] first slot that holds no expert and not -1, or ~0
     const int32_t* key_starts;  // [E] (expand) or [R]: row of this rank's first token; by notify
-    const uint32_t* is_agreed;  // by notify
+    const CallState* state;     // by notify
     int32_t* routes;            // [3, T, K]: rank, row, slot; see DispatchHandle
 };
 
@@ -110,7 +118,7 @@ struct NotifyArgs {
     Control* control[kMaxRanks];  // of every rank
     int32_t rank;
     int32_t num_ranks;
-    uint32_t epoch;
+    uint32_t ticket;     // for the report, at least 1
     int32_t has_counts;  // a fresh dispatch; the rest of this part only then
     int32_t num_experts;
     int32_t experts_per_rank;
@@ -122,7 +130,7 @@ struct NotifyArgs {
     const uint32_t* block_bad;
     const void* topk_idx;
     int32_t* key_starts;
-    uint32_t* is_agreed;
+    CallState* state;
     Report* report;
     uint64_t timeout_ns;
     PostHead head;
@@ -132,7 +140,7 @@ struct ArriveArgs {
     Control* control[kMaxRanks];
     int32_t rank;
     int32_t num_ranks;
-    uint32_t epoch;
+    const CallState* state;
     int32_t waits;  // else the flag is only raised
     uint64_t timeout_ns;
     ArriveError* error;

@@ -121,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
 extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
     ep_route_kernel(const __grid_constant__ ScanArgs args) {
     extern __shared__ int32_t next_rows[];  // [warps, keys]
-    if (*args.is_agreed == 0) return;       // the counts are of no use, and nobody wants the routes
+    if (args.state->is_agreed == 0)
+        return;  // the counts are of no use, and nobody wants the routes
     const int num_keys = args.expand ? args.num_experts : args.num_ranks;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     clear(next_rows, kScanWarps * num_keys);

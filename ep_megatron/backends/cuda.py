@@ -97,7 +97,7 @@ class CudaBackend:
         assert send.topk_idx is not None
         scan = self._meeting.scan(send.topk_idx.address, send.call, num_tokens, routes.address)
         report, sizes, block = self._send(send, scan, None)
-        plan_id = self._meeting.epoch
+        plan_id = self._meeting.ticket
         received, links = self._receive(send, block, sizes.num_rows[self.rank])
         alignment = routing.expert_alignment
         handle = DispatchHandle(
@@ -275,7 +275,7 @@ class CudaBackend:
             for target, num_rows in zip(targets, sizes.num_rows, strict=True)
         ]
         to_x, to_scales, to_weights, to_idx, to_links, _ = zip(*starts, strict=True)
-        valid = self._valid[self._meeting.epoch % 2]
+        valid = self._valid[self._meeting.ticket % 2]
         if call.expand and call.expert_alignment > 1:
             valid.write(struct.pack(f"<{len(sizes.valid)}i", *sizes.valid))
         args = _cuda.DispatchArgs(

@@ -12,7 +12,7 @@ from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, share
 from ep_megatron.backends.meeting import Meeting
 
 _HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadline that the kernels keep
-_EPOCH_MASK = 0xFFFFFFFF
+_TICKET_MASK = 0xFFFFFFFF
 
 
 class DeviceMeeting:
@@ -27,7 +27,7 @@ class DeviceMeeting:
 
     def __init__(self, device: Device, meeting: Meeting, timeout: float, num_sms: int) -> None:
         self.rank, self.num_ranks, self.num_sms = meeting.rank, meeting.num_ranks, num_sms
-        self.epoch = 0  # of the last call
+        self.ticket = 0  # of the last call, counted by the host
         self._device, self._timeout = device, timeout
         self._broken = ""
         controls = share(device, meeting, "Buffer", _cuda.CONTROL_BYTES, is_zeroed=True)
@@ -36,7 +36,7 @@ class DeviceMeeting:
         self._block_counts = device.allocate(4 * num_keys * num_sms)
         self._block_bad = device.allocate(4 * num_sms)
         self._key_starts = device.allocate(4 * num_keys)
-        self._is_agreed = device.allocate(16)
+        self._state = device.allocate(_cuda.CALL_STATE_BYTES)
         self._report = device.allocate_host(_cuda.REPORT_BYTES)
         self._arrive_error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
 
@@ -60,7 +60,7 @@ class DeviceMeeting:
             block_counts=self._block_counts,
             block_bad=self._block_bad,
             key_starts=self._key_starts,
-            is_agreed=self._is_agreed,
+            state=self._state,
             routes=routes,
         )
 
@@ -95,7 +95,7 @@ class DeviceMeeting:
             raise RuntimeError(
                 f"{operation}: expected a working Buffer, got one that broke down ({self._broken})"
             )
-        self.epoch = self.epoch + 1 & _EPOCH_MASK or 1
+        self.ticket = self.ticket + 1 & _TICKET_MASK or 1
         args = self._notify_args()
         if scan is not None:
             assert call is not None
@@ -115,7 +115,7 @@ class DeviceMeeting:
             if scan is not None:  # needs no word from the host
                 self._device.launch(_cuda.plan_route(scan, self.num_sms))
             patience = self._timeout + _HOST_GRACE
-            is_there = self._device.wait_for_word(self._report, self.epoch, patience)
+            is_there = self._device.wait_for_word(self._report, self.ticket, patience)
             num_experts = 0 if scan is None else scan.num_experts
             report = _cuda.read_report(self._report.read(), self.num_ranks, num_experts)
             self._check_progress(operation, is_there, report)
@@ -161,7 +161,7 @@ class DeviceMeeting:
             control=self._controls,
             rank=self.rank,
             num_ranks=self.num_ranks,
-            epoch=self.epoch,
+            state=self._state,
             waits=waits,
             timeout_ns=int(self._timeout * 1e9),
             error=self._arrive_error.device_address,
@@ -177,8 +177,8 @@ class DeviceMeeting:
             control=self._controls,
             rank=self.rank,
             num_ranks=self.num_ranks,
-            epoch=self.epoch,
-            is_agreed=self._is_agreed,
+            ticket=self.ticket,
+            state=self._state,
             report=self._report.device_address,
             timeout_ns=int(self._timeout * 1e9),
         )
@@ -196,7 +196,7 @@ class DeviceMeeting:
             if report.status != _cuda.TIMED_OUT:
                 return
             what = "post this call"
-            epoch, seen = self.epoch, [word.seen for word in report.words]
+            epoch, seen = report.epoch, [word.seen for word in report.words]
         late = [rank for rank, last in enumerate(seen) if last - epoch & 0x80000000]
         raise RuntimeError(
             f"{operation}: rank {self.rank} expected every rank to {what} within "

@@ -84,7 +84,7 @@ def calls_without_arrival(backend: Backend, _reference: Backend) -> list[Tensor]
     if backend.rank == 1:
         return []
     meeting.arrive(waits=True)
-    device.wait_for_word(meeting._arrive_error, meeting.epoch, 0)
+    device.wait_for_word(meeting._arrive_error, meeting.ticket, 0)
     epoch, seen = _cuda.read_arrive_error(meeting._arrive_error.read(), meeting.num_ranks)
     return [torch.tensor([epoch, *seen])]
 
