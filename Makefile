@@ -14,8 +14,9 @@ export OMP_NUM_THREADS ?= 1
 .venv/packages: requirements-dev.txt requirements-cuda.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	command -v nvcc > /dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cuda.txt \
-	  || echo "no CUDA compiler: ep_megatron._cuda will not be built, and its tests skipped"
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  $$(grep -v '^#' requirements-cuda.txt | if command -v nvcc > /dev/null; then grep nvshmem; else cat; fi) \
+	  || echo "no CUDA compiler or NVSHMEM: ep_megatron._cuda or _nvshmem may not be built, and their tests skipped"
 	touch $@
 
 .venv/built: .venv/packages setup.py pyproject.toml $(SOURCES)

@@ -1,4 +1,5 @@
-"""Build the extensions of ep_megatron from csrc/: `_cpu`, and `_cuda` where nvcc is found.
+"""Build the extensions of ep_megatron from csrc/: `_cpu`, `_cuda` where nvcc is found, `_nvshmem`
+where NVSHMEM is as well.
 
 They link no torch library, so one build serves every torch. The CPU's row kernels are compiled once
 per instruction set and chosen at run time; every other source is compiled once.
@@ -73,18 +74,19 @@ class CudaToolkit(NamedTuple):
     library: str
 
 
-def wheel_folders() -> list[str]:
-    """Return where NVIDIA's wheels keep their programs."""
+def wheel_folders(name: str) -> list[str]:
+    """Return where NVIDIA's wheels of that name are unpacked."""
     try:
         import nvidia
     except ImportError:
         return []
-    return [f"{folder}/cu13/bin" for folder in nvidia.__path__]
+    return [f"{folder}/{name}" for folder in nvidia.__path__]
 
 
 def find_cuda() -> CudaToolkit | None:
     """Return the installed CUDA toolkit, or the one from PyPI (requirements-cuda.txt), or None."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(wheel_folders()))
+    in_wheels = os.pathsep.join(f"{folder}/bin" for folder in wheel_folders("cu13"))
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=in_wheels)
     if nvcc is None:
         print(
             "_cuda is not built: no nvcc on PATH, and none from requirements-cuda.txt",
@@ -106,6 +108,19 @@ def find_cuda() -> CudaToolkit | None:
     return CudaToolkit(nvcc, str(top / "include"), str(library))
 
 
+def find_nvshmem() -> Path | None:
+    """Return where NVSHMEM is: at $NVSHMEM_HOME, or from PyPI (requirements-cuda.txt); or None."""
+    homes = [os.environ["NVSHMEM_HOME"]] if "NVSHMEM_HOME" in os.environ else []
+    for folder in map(Path, homes or wheel_folders("nvshmem")):
+        if (folder / "include" / "nvshmem_host.h").exists():
+            return folder
+    print(
+        "_nvshmem is not built: no NVSHMEM at $NVSHMEM_HOME, and none from requirements-cuda.txt",
+        file=sys.stderr,
+    )
+    return None
+
+
 CUDA = find_cuda()
 
 
@@ -117,14 +132,7 @@ class BuildExtension(build_ext):
         jobs = [(source, "", []) for source in ext.sources if source != ROW_KERNELS]
         if ROW_KERNELS in ext.sources:
             jobs += [(ROW_KERNELS, isa, flags) for isa, flags in INSTRUCTION_SETS.items()]
-        other = "cpu" if ext.name.endswith("_cuda") else "cuda"
-        headers = [
-            path
-            for pattern in ("*.h", "*.cuh")
-            for path in Path("csrc").rglob(pattern)
-            if path.parent != Path("csrc", other)
-        ]
-        newest_header = max(path.stat().st_mtime for path in [*headers, Path("setup.py")])
+        newest_header = max(Path(path).stat().st_mtime for path in [*ext.depends, "setup.py"])
 
         def compile_one(job: tuple[str, str, list[str]]) -> str:
             source, isa, flags = job
@@ -154,7 +162,10 @@ class BuildExtension(build_ext):
             self.get_ext_fullpath(ext.name),
             libraries=[*ext.libraries, "pthread"],
             library_dirs=ext.library_dirs,
-            extra_postargs=[f for f in FLAGS if f.startswith("-fsanitize")],
+            runtime_library_dirs=ext.runtime_library_dirs,
+            extra_postargs=[
+                *(flag for flag in FLAGS if flag.startswith("-fsanitize")),
+            ],
             target_lang="c++",
         )
 
@@ -163,11 +174,16 @@ def sources_in(folder: str, *patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path(folder).glob(pattern))
 
 
+def headers_in(*folders: str) -> list[str]:
+    return [path for folder in folders for path in sources_in(folder, "*.h", "*.cuh")]
+
+
 extensions = [
     Extension(
         "ep_megatron._cpu",
         sources_in("csrc/cpu", "*.cpp") + sources_in("csrc", "*.cpp"),
         include_dirs=[pybind11.get_include()],
+        depends=headers_in("csrc", "csrc/core", "csrc/cpu"),
     )
 ]
 if CUDA is not None and not os.environ.get("EP_SANITIZE"):
@@ -179,7 +195,28 @@ if CUDA is not None and not os.environ.get("EP_SANITIZE"):
             include_dirs=[pybind11.get_include(), CUDA.include],
             library_dirs=[CUDA.library],
             libraries=["cudart_static", "rt", "dl"],
+            depends=headers_in("csrc/core", "csrc/cuda"),
         )
     )
+    if NVSHMEM := find_nvshmem():
+        # An extension of its own: it does not load where NVSHMEM's library is missing. That one is
+        # looked for where it was found, and beside the package.
+        extensions.append(
+            Extension(
+                "ep_megatron._nvshmem",
+                sources_in("csrc/nvshmem", "*.cpp"),
+                # What nvcc would add by itself: NVSHMEM's headers want the CUDA C++ library.
+                include_dirs=[
+                    pybind11.get_include(),
+                    CUDA.include,
+                    f"{CUDA.include}/cccl",
+                    str(NVSHMEM / "include"),
+                ],
+                library_dirs=[CUDA.library, str(NVSHMEM / "lib")],
+                runtime_library_dirs=["$ORIGIN/../nvidia/nvshmem/lib", str(NVSHMEM / "lib")],
+                libraries=[":libnvshmem_host.so.3", "cudart_static", "rt", "dl"],
+                depends=headers_in("csrc/core", "csrc/nvshmem"),
+            )
+        )
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -14,10 +14,10 @@ class BufferConfig:
     Attributes:
         backend: how rows travel: `"shared_memory"` (CPU ranks of one host), `"hierarchical"` (CPU
             ranks of several hosts), `"process_group"` (`torch.distributed`, any device, any number
-            of hosts), `"cuda"` (GPUs of one host, linked by NVLink; only when asked for) or
-            `"auto"`, which takes shared memory when all ranks are CPU ranks of one host,
-            hierarchical when they are CPU ranks of several hosts and some host has more than one,
-            and logs what it took.
+            of hosts), `"cuda"` (GPUs, linked by NVLink inside a host and by NVSHMEM between
+            hosts; only when asked for) or `"auto"`, which takes shared memory when all ranks are
+            CPU ranks of one host, hierarchical when they are CPU ranks of several hosts and some
+            host has more than one, and logs what it took.
         timeout: seconds a rank waits for the others inside one call before it raises.
         num_threads: threads that move rows on a CPU; None takes the cores this process may use,
             divided by the ranks on this host, at most four.
@@ -35,8 +35,8 @@ class BufferConfig:
         host_id: overrides the automatic answer to "which ranks share a host", as the environment
             variable `EP_MEGATRON_HOST_ID` does where this is None; equal texts share memory. The
             one value that may differ between ranks.
-        float32_between_hosts: whether `hierarchical` returns a host's sums in float32, twice the
-            bytes, instead of rounded to the dtype of the rows.
+        float32_between_hosts: whether `hierarchical` and `cuda` return a host's sums in float32,
+            twice the bytes, instead of rounded to the dtype of the rows.
         reduce_before_combine: whether `cuda` sums a token's expert-major rows on their rank, rounds
             the sum to the dtype of the rows and sends back that one row, instead of all of them:
             fewer bytes over NVLink, other last bits than other backends'. Sums in float32 and

@@ -143,6 +143,15 @@ def _extensions(machine: Machine) -> Iterator[Finding]:
         "backend cuda",
         "" if is_there else f"pip install -r requirements-cuda.txt && {_BUILD}",
     )
+    nvshmem = machine.module("ep_megatron._nvshmem")
+    is_linked = not isinstance(nvshmem, str)
+    yield Finding(
+        "ep_megatron._nvshmem",
+        "ok" if is_linked else "absent",
+        f"NVSHMEM {nvshmem.version()}" if is_linked else str(nvshmem),  # type: ignore[attr-defined]
+        "backend cuda over several hosts",
+        "" if is_linked else f"pip install -r requirements-cuda.txt && {_BUILD}",
+    )
 
 
 def _tools(machine: Machine) -> Iterator[Finding]:
@@ -190,7 +199,7 @@ def _gpus(machine: Machine) -> Iterator[Finding]:
         "NVSHMEM",
         "ok" if wheels else "absent",
         wheels[0] if wheels else "not installed",
-        "nothing yet: rows between GPUs of several hosts",
+        "rows between GPUs of several hosts",
         "" if wheels else f"pip install {names[0]}",
     )
     adapters = machine.names("sys/class/infiniband")

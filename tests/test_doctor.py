@@ -49,7 +49,9 @@ def whole(tmp_path: Path) -> Machine:
         which=lambda name: f"/usr/bin/{name}",
         output=lambda command: SMI.get(command[1], "g++ 13.2\nCopyright"),
         version=FULL.get,
-        module=lambda name: SimpleNamespace(row_kernel_names=lambda: ["baseline", "avx2"]),
+        module=lambda name: SimpleNamespace(
+            row_kernel_names=lambda: ["baseline", "avx2"], version=lambda: "3.4.5"
+        ),
         limit=lambda kind: 65536,
         cores=lambda: 12,
         kernel="6.8.0-45-generic",
@@ -65,6 +67,7 @@ def test_a_whole_machine_is_fit(whole: Machine) -> None:
     assert {f.status for f in found.values()} == {"ok"}
     assert not any(f.fix for f in found.values())
     assert found["ep_megatron._cpu"].found == "row kernels baseline, avx2"
+    assert found["ep_megatron._nvshmem"].found == "NVSHMEM 3.4.5"
     assert found["GPUs"].found == "2: GPU 0: NVIDIA H100 80GB HBM3"
     assert found["NVLink"].found == "2 links of 26.562 GB/s"
     assert found["RDMA adapters"].found == "mlx5_0 of 2"

@@ -14,11 +14,12 @@ from ep_megatron.backends.base import Backend
 from ep_megatron.backends.checked import CheckedBackend
 from ep_megatron.backends.checked_packed import CheckedPacked
 from ep_megatron.backends.checked_sums import SumOrder
-from ep_megatron.backends.meeting import Meeting, has_gloo
+from ep_megatron.backends.meeting import Meeting, SubMeeting, has_gloo
 from ep_megatron.backends.packed import LowLatencyBackend
 from ep_megatron.backends.packed_group import PackedGroup
 from ep_megatron.backends.process_group import ProcessGroupBackend
 from ep_megatron.config import BufferConfig
+from ep_megatron.hosts import Hosts
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
     backend, reason = config.backend, "as asked"
     meeting = Meeting(group, config.timeout)
     hosts: Sequence[str] = ()
-    if backend in ("auto", "hierarchical"):
+    if backend in ("auto", "hierarchical", "cuda"):
         hosts = meeting.gather_text("Buffer", host_id(config), MAX_HOST_ID_BYTES)
     if backend == "auto":
         backend, reason = _best(group, hosts)
@@ -68,7 +69,7 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
         made = HierarchicalBackend(meeting, config, hosts)
         order = SumOrder(made.hosts.members, is_rounded=not config.float32_between_hosts)
     elif backend == "cuda":
-        made = _cuda_backend(meeting, config)
+        made = _cuda_backend(meeting, config, hosts)
     else:
         made = ProcessGroupBackend(group, config.timeout)
     if made.rank == 0:
@@ -76,7 +77,7 @@ def choose(group: dist.ProcessGroup, config: BufferConfig) -> Backend:
     return CheckedBackend(made, order) if checked.is_asked_for(config) else made
 
 
-def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:
+def _cuda_backend(meeting: Meeting, config: BufferConfig, host_ids: Sequence[str]) -> Backend:
     """Make the CUDA backend on this rank's current GPU, or raise the same error on every rank."""
     device, problem = None, ""
     try:
@@ -98,7 +99,16 @@ def _cuda_backend(meeting: Meeting, config: BufferConfig) -> Backend:
         )
     from ep_megatron.backends.cuda import CudaBackend
 
-    return CudaBackend(meeting, device, config)
+    hosts = Hosts.from_ids(host_ids)
+    if hosts.num_hosts == 1:
+        return CudaBackend(meeting, device, config)
+    from ep_megatron.backends.cuda_nodes import CudaNodesBackend
+    from ep_megatron.backends.nvshmem import NvshmemNetwork
+
+    network = NvshmemNetwork(meeting, device.ordinal, device.stream)
+    here = SubMeeting(meeting, hosts.members[hosts.host_of[meeting.rank]])
+    inside = CudaBackend(here, device, config)
+    return CudaNodesBackend(meeting, inside, device, network, config, host_ids)
 
 
 def choose_low_latency(
@@ -124,7 +134,10 @@ def choose_low_latency(
         from ep_megatron.backends.cuda import CudaBackend
         from ep_megatron.backends.packed_cuda import PackedCuda
 
-        assert isinstance(backend, CudaBackend)
+        if not isinstance(backend, CudaBackend):
+            raise NotImplementedError(
+                "Buffer: expected the GPUs of low_latency_mode to be on one host, got several"
+            )
         meeting, num_bytes = Meeting(group, config.timeout), window_bytes or config.initial_bytes
         made = PackedCuda(meeting, backend.device, config, num_bytes, enable_shrink=enable_shrink)
         how = "NVLink"

@@ -66,12 +66,18 @@ class GpuDevice:
         self._cuda = _cuda.Device(ordinal)
         if not torch.cuda.is_available():
             raise RuntimeError("cuda: expected a torch that is built with CUDA, got one without")
-        self._device = torch.device("cuda", ordinal)
+        self.ordinal, self._device = ordinal, torch.device("cuda", ordinal)
         self._stream = torch.cuda.Stream(self._device)
         self.num_sms = self._cuda.num_sms
         self._local: list[int] = []
         self._opened: list[int] = []
         self._host: list[int] = []
+
+    @property
+    def stream(self) -> int:
+        """CUDA's handle of the stream that kernels are launched on."""
+        handle: int = self._stream.cuda_stream
+        return handle
 
     def allocate(self, num_bytes: int) -> int:
         """See `Device.allocate`."""

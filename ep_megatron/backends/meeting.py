@@ -200,6 +200,23 @@ class PartOfMeeting:
         return [texts[member] for member in self._members]
 
 
+class SubMeeting(Meeting):
+    """Some ranks of a meeting by themselves, over connections of their own.
+
+    Collective constructor, over the whole: every rank names the part that it is in.
+
+    Args:
+        whole: the meeting.
+        members: ascending ranks of it, this rank among them.
+    """
+
+    def __init__(self, whole: Meeting, members: Sequence[int]) -> None:
+        token = whole.gather_text("Buffer", secrets.token_hex(16))[members[0]]
+        self.rank, self.num_ranks = list(members).index(whole.rank), len(members)
+        self.timeout, self._waiter, self._is_private = whole.timeout, Waiter(), True
+        self.gloo = _connect(token, self.rank, self.num_ranks, self.timeout)
+
+
 def check_process(operation: str, process: int) -> None:
     """Raise in a fork of the process that made a Buffer: its connections are the parent's."""
     if os.getpid() != process:

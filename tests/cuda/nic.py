@@ -6,6 +6,7 @@ between the bell and the end of what waits for its signal, in pieces, in the ord
 alone, as the machine's seed wants it; and races and weak stores are seen as those of any kernel.
 """
 
+import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ep_megatron.backends.base import Backend
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.cuda_nodes import CudaNodesBackend
 from ep_megatron.backends.device import Launch
+from ep_megatron.backends.nvshmem import NvshmemNetwork
 from ep_megatron.config import BufferConfig
 from ep_megatron.hosts import Hosts
 from tests.cuda.emulated import _HOST as HOST_PTX
@@ -102,6 +104,7 @@ class NodeDevice(EmulatedDevice):
     """A GPU of one of several nodes. The host waits for its own stream alone, not for cards."""
 
     fabric: Fabric
+    stream = 0
 
     def allocate_shared(self, num_bytes: int, is_zeroed: bool) -> tuple[int, bytes]:
         address, handle = super().allocate_shared(num_bytes, is_zeroed)
@@ -117,14 +120,30 @@ class NodeDevice(EmulatedDevice):
         self._machine.synchronize(self._rank, stream)
 
 
-class EmulatedNetwork:
-    """See `Network`."""
+class EmulatedNvshmem:
+    """One rank's `ep_megatron._nvshmem`; tests/test_nvshmem.py compares the signatures."""
+
+    UNIQUE_ID_BYTES = 128
 
     def __init__(self, machine: Machine, device: NodeDevice, meeting: ThreadMeeting) -> None:
         self._machine, self._device, self._meeting = machine, device, meeting
         self._regions: list[tuple[list[int], int]] = []
+        self._world: tuple[bytes, int, int] | None = None
         self._bell = device.allocate(4)
         self.num_puts = 0
+
+    def version(self) -> str:
+        return "0.0.0"
+
+    def unique_id(self) -> bytes:
+        return secrets.token_bytes(self.UNIQUE_ID_BYTES)
+
+    def join(self, unique_id: bytes, rank: int, num_ranks: int, device: int) -> None:
+        assert self._world is None
+        self._world = (unique_id, rank, num_ranks)
+
+    def world(self) -> tuple[bytes, int, int] | None:
+        return self._world
 
     def allocate(self, num_bytes: int) -> int:
         address, _ = self._device.allocate_shared(num_bytes, True)
@@ -134,8 +153,16 @@ class EmulatedNetwork:
         return address
 
     def put_signal(
-        self, peer: int, source: int, target: int, num_bytes: int, signal: int, value: int
+        self,
+        peer: int,
+        source: int,
+        target: int,
+        num_bytes: int,
+        signal: int,
+        value: int,
+        stream: int,
     ) -> None:
+        assert stream == self._device.stream
         machine, rank = self._machine, self._meeting.rank
         assert num_bytes % 16 == source % 16 == target % 16 == signal % 8 == 0
         assert num_bytes > 0
@@ -205,7 +232,8 @@ class Nodes(Ranks):
             device, meeting = devices[rank], ThreadMeeting(rank, whole)
             table = inside[hosts.host_of[rank]]
             backend = CudaBackend(ThreadMeeting(hosts.index_of[rank], table), device, config)
-            network = EmulatedNetwork(self.machine, device, meeting)
+            native = EmulatedNvshmem(self.machine, device, meeting)
+            network = NvshmemNetwork(meeting, rank, device.stream, lambda: native)
             return CudaNodesBackend(meeting, backend, device, network, config, layout)
 
         self.backends = self._on_threads(make)
