@@ -48,6 +48,7 @@ FLOORS = [
     },
     {
         "backends.arrival",
+        "backends.host_share",
         "backends.checked_packed",
         "backends.checked_sums",
         "backends.device_arena",

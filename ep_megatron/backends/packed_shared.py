@@ -14,6 +14,7 @@ from torch import Tensor
 from ep_megatron import _cpu, casts
 from ep_megatron.backends.arrival import view
 from ep_megatron.backends.base import PeerReport
+from ep_megatron.backends.host_share import count_cores, default_max_bytes, default_threads
 from ep_megatron.backends.meeting import Gathering
 from ep_megatron.backends.packed import (
     LOW_LATENCY_OPERATIONS,
@@ -25,12 +26,7 @@ from ep_megatron.backends.packed import (
     check_low_latency_agreement,
     other_routing,
 )
-from ep_megatron.backends.shared_memory import (
-    MAX_THREADS,
-    count_cores,
-    default_max_bytes,
-    run_together,
-)
+from ep_megatron.backends.shared_memory import run_together
 from ep_megatron.config import BufferConfig
 
 
@@ -52,7 +48,6 @@ class PackedShared:
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         prefix = f"ep_megatron.{os.geteuid()}."
         name = f"{prefix}{os.getpid()}.{secrets.token_hex(16)}"
-        num_cores = count_cores()
 
         def create() -> None:
             self._calls = _cpu.LowLatency(
@@ -61,11 +56,9 @@ class PackedShared:
                 rank=self.rank,
                 num_ranks=self.num_ranks,
                 max_bytes=config.max_bytes or default_max_bytes(config.shm_dir, self.num_ranks),
-                num_threads=(
-                    config.num_threads or max(1, min(MAX_THREADS, num_cores // self.num_ranks))
-                ),
+                num_threads=config.num_threads or default_threads(self.num_ranks),
                 timeout=config.timeout,
-                has_core_per_rank=num_cores >= self.num_ranks,
+                has_core_per_rank=count_cores() >= self.num_ranks,
                 enable_shrink=enable_shrink,
             )
 

@@ -9,7 +9,6 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +29,12 @@ from ep_megatron.backends.base import (
     check_agreement,
 )
 from ep_megatron.backends.casting import copy_rows
+from ep_megatron.backends.host_share import (
+    count_cores,
+    default_max_bytes,
+    default_streaming_bytes,
+    default_threads,
+)
 from ep_megatron.backends.meeting import Gathering
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle
@@ -37,7 +42,6 @@ from ep_megatron.statistics import BufferStatistics
 
 # Smaller results are as warm in torch's allocator: glibc keeps what it has once faulted in.
 _MIN_ARENA_BYTES = MIB
-MAX_THREADS = 4  # by default; memory bandwidth is shared by all ranks
 
 
 class SharedMemoryBackend:
@@ -60,7 +64,6 @@ class SharedMemoryBackend:
         prefix = f"ep_megatron.{os.geteuid()}."
         # Unguessable, and gone as soon as all ranks have it mapped.
         name = f"{prefix}{os.getpid()}.{secrets.token_hex(16)}"
-        num_cores = count_cores()
         max_bytes = config.max_bytes or default_max_bytes(config.shm_dir, self.num_ranks)
 
         def create() -> None:
@@ -75,15 +78,13 @@ class SharedMemoryBackend:
                     max_bytes // 2 if config.max_view_bytes is None else config.max_view_bytes
                 ),
                 streaming_bytes=(
-                    _default_streaming_bytes()
+                    default_streaming_bytes()
                     if config.streaming_bytes is None
                     else config.streaming_bytes
                 ),
-                num_threads=(
-                    config.num_threads or max(1, min(MAX_THREADS, num_cores // self.num_ranks))
-                ),
+                num_threads=config.num_threads or default_threads(self.num_ranks),
                 timeout=config.timeout,
-                has_core_per_rank=num_cores >= self.num_ranks,
+                has_core_per_rank=count_cores() >= self.num_ranks,
             )
             self._exchange.reserve(min(config.initial_bytes, max_bytes))
 
@@ -365,27 +366,3 @@ def run_together(meeting: Gathering, action: Callable[[], None]) -> None:
             f"Buffer: expected every rank to share its memory, got {'; '.join(failed)}; "
             "backend='process_group' works without shared memory"
         ) from error
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use: its affinity, and its control group's quota."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists():
-        share, period = quota.read_text().split()
-        if share != "max":
-            cores = min(cores, max(1, int(share) // int(period)))
-    return cores
-
-
-def default_max_bytes(folder: str, num_ranks: int) -> int:
-    """Return this rank's share of most of what is free on the memory file system."""
-    status = os.statvfs(folder)
-    return max(MIB, int(0.8 * status.f_bavail * status.f_frsize / num_ranks) // MIB * MIB)
-
-
-def _default_streaming_bytes() -> int:
-    """Return a quarter of the last-level cache: more than that is not read again from it."""
-    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    sizes = [int(path.read_text().strip().removesuffix("K")) * 1024 for path in caches]
-    return max(sizes, default=16 * MIB) // 4
