@@ -125,7 +125,7 @@ def encode(x: Tensor) -> LogRows:
         ValueError: another dtype or H.
     """
     check_rows("encode", x)
-    words = x.detach().contiguous().view(torch.int16).view(len(x), -1, BLOCK)
+    words = x.detach().contiguous().view(torch.int16).view(len(x), x.shape[1] // BLOCK, BLOCK)
     bits = words.int() & 0x7FFF
     # Magnitudes are in the order of their bits, and so is a NaN above all.
     both = torch.stack([bits.amax(-1), bits.amin(-1)], -1).to(torch.int16)

@@ -117,6 +117,13 @@ def test_blocks_that_are_not_ordinary() -> None:
     assert torch.equal(bits(got[4:]), bits(x[4:].float()))
 
 
+def test_no_rows_are_no_error() -> None:
+    rows = logfmt.encode(torch.empty(0, 256, dtype=torch.bfloat16))
+    assert rows.extremes.shape == (0, 2, 2)
+    assert len(rows.data) == 0
+    assert logfmt.decode(rows).shape == (0, 256)
+
+
 def test_rows_that_cannot_be_are_named() -> None:
     with pytest.raises(ValueError, match="multiple of 128"):
         casts.encode_logfmt(torch.zeros(2, 64, dtype=torch.bfloat16))

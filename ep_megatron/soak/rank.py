@@ -176,7 +176,7 @@ def _take_low_latency(rank: int, buffer: Buffer, step: Step, report: Report) -> 
     got = [recv[local, : int(n)] for local, n in enumerate(count)]
     _check(report, step, "packed rows", torch.cat(got), torch.cat(expected))
     combined, _, hook = buffer.low_latency_combine(
-        recv, idx, step.weights(rank), handle, return_recv_hook=step.is_queued
+        recv, idx, step.weights(rank), handle, step.use_logfmt, return_recv_hook=step.is_queued
     )
     if hook is not None:
         hook()

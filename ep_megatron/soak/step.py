@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ep_megatron import logfmt
+
 _HIDDEN = (128, 256, 1024)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,6 +30,7 @@ class Step:
         expand: whether rows arrive by expert.
         alignment: of their blocks.
         is_queued: whether calls are asynchronous.
+        use_logfmt: whether low-latency rows return as LogFMT.
     """
 
     seed: int
@@ -40,6 +43,7 @@ class Step:
     expand: bool
     alignment: int
     is_queued: bool
+    use_logfmt: bool
 
     @staticmethod
     def draw(seed: int, num_ranks: int, kinds: tuple[str, ...]) -> "Step":
@@ -64,6 +68,7 @@ class Step:
             expand=rng.random() < 0.6,
             alignment=rng.choice((1, 1, 8)),
             is_queued=rng.random() < 0.4,
+            use_logfmt=kind == "low_latency" and rng.random() < 0.5,
         )
 
     @property
@@ -138,7 +143,8 @@ class Step:
 
     def expected_weighted_sum(self, rank: int) -> Tensor:
         """Return what a low-latency combine must give if experts hand rows back unchanged."""
-        x, idx, weights = self.x(rank).float(), self.topk_idx(rank), self.weights(rank)
+        x, idx, weights = self.x(rank), self.topk_idx(rank), self.weights(rank)
+        x = logfmt.decode(logfmt.encode(x)) if self.use_logfmt else x.float()
         total = torch.zeros(x.shape)
         for slot in range(self.num_topk):
             used = idx[:, slot] >= 0
