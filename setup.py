@@ -121,7 +121,9 @@ def find_nvshmem() -> Path | None:
     return None
 
 
+NVSHMEM_MODULE = "ep_megatron._nvshmem"
 CUDA = find_cuda()
+NVSHMEM = find_nvshmem() if CUDA is not None else None
 
 
 class BuildExtension(build_ext):
@@ -143,8 +145,7 @@ class BuildExtension(build_ext):
                 return str(target)
             if source.endswith(".cu"):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                command = [CUDA.nvcc, *NVCC_FLAGS, "-c", source, "-o", str(target)]
-                subprocess.run(command, check=True)
+                run_nvcc(*flags_of(ext, source), "-c", source, "-o", str(target))
             else:
                 defines = [f"-DEP_ISA={isa}"] if isa else []
                 self.compiler.compile(
@@ -157,6 +158,8 @@ class BuildExtension(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
+        if ext.name == NVSHMEM_MODULE:
+            objects.append(link_device_code(objects, self.build_temp))
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
@@ -168,6 +171,28 @@ class BuildExtension(build_ext):
             ],
             target_lang="c++",
         )
+
+
+def run_nvcc(*arguments: str) -> None:
+    subprocess.run([CUDA.nvcc, *arguments], check=True)
+
+
+def flags_of(ext: Extension, source: str) -> list[str]:
+    """Return nvcc's flags for one source."""
+    if ext.name != NVSHMEM_MODULE:
+        return NVCC_FLAGS
+    flags = [*NVCC_FLAGS, "-rdc=true", "-isystem", str(NVSHMEM / "include")]
+    # NVSHMEM's own functions, which this source instantiates, spill.
+    return [f for f in flags if "warn-spills" not in f or source != "csrc/nvshmem/network.cu"]
+
+
+def link_device_code(objects: list[str], folder: str) -> str:
+    """Link kernels with NVSHMEM's functions, by nvcc; the host's linker does the rest."""
+    target = str(Path(folder, "nvshmem_device.o"))
+    architectures = [flag for flag in NVCC_FLAGS if flag.startswith("-gencode")]
+    libraries = [f"-L{NVSHMEM / 'lib'}", "-lnvshmem_device", f"-L{CUDA.library}"]
+    run_nvcc(*architectures, "-Xcompiler=-fPIC", "-dlink", *objects, *libraries, "-o", target)
+    return target
 
 
 def sources_in(folder: str, *patterns: str) -> list[str]:
@@ -198,13 +223,13 @@ if CUDA is not None and not os.environ.get("EP_SANITIZE"):
             depends=headers_in("csrc/core", "csrc/cuda"),
         )
     )
-    if NVSHMEM := find_nvshmem():
+    if NVSHMEM is not None:
         # An extension of its own: it does not load where NVSHMEM's library is missing. That one is
         # looked for where it was found, and beside the package.
         extensions.append(
             Extension(
-                "ep_megatron._nvshmem",
-                sources_in("csrc/nvshmem", "*.cpp"),
+                NVSHMEM_MODULE,
+                sources_in("csrc/nvshmem", "*.cpp", "*.cu"),
                 # What nvcc would add by itself: NVSHMEM's headers want the CUDA C++ library.
                 include_dirs=[
                     pybind11.get_include(),
@@ -214,8 +239,15 @@ if CUDA is not None and not os.environ.get("EP_SANITIZE"):
                 ],
                 library_dirs=[CUDA.library, str(NVSHMEM / "lib")],
                 runtime_library_dirs=["$ORIGIN/../nvidia/nvshmem/lib", str(NVSHMEM / "lib")],
-                libraries=[":libnvshmem_host.so.3", "cudart_static", "rt", "dl"],
-                depends=headers_in("csrc/core", "csrc/nvshmem"),
+                libraries=[
+                    ":libnvshmem_host.so.3",
+                    ":libnvshmem_device.a",
+                    "cudadevrt",
+                    "cudart_static",
+                    "rt",
+                    "dl",
+                ],
+                depends=headers_in("csrc/core", "csrc/cuda", "csrc/nvshmem"),
             )
         )
 

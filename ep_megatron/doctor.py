@@ -11,7 +11,7 @@ import resource
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -80,6 +80,7 @@ class Machine:
     module: Callable[[str], object | str] = _import
     limit: Callable[[int], int] = field(default=lambda kind: resource.getrlimit(kind)[0])
     cores: Callable[[], int] = field(default=lambda: len(os.sched_getaffinity(0)))
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     kernel: str = field(default_factory=lambda: os.uname().release)
 
     def read(self, path: str) -> str:
@@ -206,11 +207,52 @@ def _gpus(machine: Machine) -> Iterator[Finding]:
     active = [
         a for a in adapters if "ACTIVE" in machine.read(f"sys/class/infiniband/{a}/ports/1/state")
     ]
+    layers = [machine.read(f"sys/class/infiniband/{a}/ports/1/link_layer") for a in active]
+    links = [
+        f"{adapter} ({'RoCE' if layer == 'Ethernet' else layer or 'unknown link'})"
+        for adapter, layer in zip(active, layers, strict=True)
+    ]
     yield Finding(
         "RDMA adapters",
         "ok" if active else "absent",
-        f"{', '.join(active)} of {len(adapters)}" if adapters else "none",
-        "nothing yet: hosts are joined by TCP",
+        f"{', '.join(links) or 'no active port'} of {len(adapters)}" if adapters else "none",
+        "rows between GPUs of several hosts; CPU ranks are joined by TCP",
+    )
+    has_peermem = (machine.root / "sys/module/nvidia_peermem").is_dir()
+    yield Finding(
+        "GPUDirect RDMA",
+        "ok" if has_peermem else "absent",
+        "nvidia_peermem" if has_peermem else "nvidia_peermem is not loaded; dma-buf may serve",
+        "RDMA adapters that read and write GPU memory",
+        "" if has_peermem else "modprobe nvidia_peermem",
+    )
+
+
+def _nvshmem_settings(machine: Machine) -> Iterator[Finding]:
+    settings = sorted(
+        f"{k}={v}" for k, v in machine.environment.items() if k.startswith("NVSHMEM_")
+    )
+    enables = "how NVSHMEM moves rows (docs/operations.md)"
+    yield Finding("NVSHMEM settings", "ok", ", ".join(settings) or "defaults", enables)
+    asked = machine.environment.get("NVSHMEM_IB_ENABLE_IBGDA", "").lower()
+    driver = machine.read("proc/driver/nvidia/params")
+    options = {
+        "EnableStreamMemOPs: 1": "NVreg_EnableStreamMemOPs=1",
+        "PeerMappingOverride=1": 'NVreg_RegistryDwords="PeerMappingOverride=1;"',
+    }
+    missing = [option for sign, option in options.items() if sign not in driver]
+    found, fix = "on", ""
+    if asked not in ("1", "true", "yes", "on", "y"):
+        found, fix = "NVSHMEM_IB_ENABLE_IBGDA is not set", "export NVSHMEM_IB_ENABLE_IBGDA=1"
+    elif missing:
+        found = f"the driver runs without {' '.join(missing)}"
+        fix = f"echo 'options nvidia {' '.join(options.values())}' > /etc/modprobe.d/ibgda.conf"
+    yield Finding(
+        "IBGDA",
+        "absent" if fix else "ok",
+        found,
+        "low-latency puts by kernels themselves, with no thread of the host in between",
+        fix,
     )
 
 
@@ -284,6 +326,7 @@ _CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
     _extensions,
     _tools,
     _gpus,
+    _nvshmem_settings,
     _shared_memory,
     _limits,
     _huge_pages,

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,21 @@ def without_comments(ptx: str) -> list[str]:
 
 def test_the_extension_holds_the_ptx_of_the_sources() -> None:
     nvcc = nvcc_or_skip()
-    embedded = embedded_ptx(Path(_cuda.__file__))
-    made = [resources.compile_to_ptx(nvcc, source) for source in resources.sources()]
+    embedded, sources = embedded_ptx(Path(_cuda.__file__)), resources.sources()
+    if find_spec("ep_megatron._nvshmem") is None:
+        sources = [source for source in sources if source.parent.name == "cuda"]
+    else:
+        from tests.cuda.nic import far_ptx
+
+        embedded += far_ptx()
+    made = [resources.compile_to_ptx(nvcc, source) for source in sources]
     assert sorted(map(without_comments, embedded)) == sorted(map(without_comments, made))
+
+
+def test_every_kernel_can_be_launched() -> None:
+    texts = embedded_ptx(Path(_cuda.__file__))
+    entries = [name for ptx in texts for name in re.findall(r"\.entry (\w+)", ptx)]
+    assert sorted(entries) == _cuda.kernel_names()
 
 
 def test_kernels_take_what_the_table_says() -> None:
@@ -105,7 +118,7 @@ def packed_args(**changes: int) -> Any:
         "num_topk": 4,
         "x_bytes": 512,
         "slot_bytes": 512,
-        "tags": 4 * 8 * 512,
+        "block_bytes": 8 * 516,
         "window_bytes": 4 * 8 * 516,
     }
     return _cuda.PackedArgs(**{**fields, **changes})
@@ -119,7 +132,11 @@ PLANS |= {
     "hidden": lambda: packed_plan(hidden=200),
     "num_tokens": lambda: packed_plan(num_tokens=9),
     "where slots end": lambda: packed_plan(slots=16),
-    "where the tags of slots end": lambda: packed_plan(window_bytes=4 * 8 * 515),
+    "where outgoing slots end": lambda: packed_plan(outbox=16),
+    "the bytes of a block of slots": lambda: packed_plan(block_bytes=8 * 512),
+    "where the inbox ends": lambda: _cuda.plan_packed(
+        _cuda.PackedStep.sum, packed_args(inbox=8 * 144), 4
+    ),
     "the bytes of a slot": lambda: packed_plan(slot_bytes=528),
     "the bytes of a row's scales": lambda: packed_plan(x_bytes=256, scale_bytes=6),
     "the rank to mask": lambda: _cuda.plan_packed(

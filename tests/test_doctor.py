@@ -18,6 +18,7 @@ SMI = {
     "-L": "".join(f"GPU {gpu}: NVIDIA H100 80GB HBM3 (UUID: GPU-{gpu})\n" for gpu in range(2)),
     "nvlink": "GPU 0:\n\t Link 0: 26.562 GB/s\n\t Link 1: 26.562 GB/s\n",
 }
+IBGDA_PARAMS = 'EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"\n'
 FULL = {
     "torch": "2.13",
     "megatron-core": "0.16.1",
@@ -39,7 +40,10 @@ def whole(tmp_path: Path) -> Machine:
     (tmp_path / "dev/shm").mkdir(parents=True)
     (tmp_path / "dev/shm").chmod(0o1777)
     _write(tmp_path / "sys/class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE\n")
+    _write(tmp_path / "sys/class/infiniband/mlx5_0/ports/1/link_layer", "Ethernet\n")
     _write(tmp_path / "sys/class/infiniband/mlx5_1/ports/1/state", "1: DOWN\n")
+    (tmp_path / "sys/module/nvidia_peermem").mkdir(parents=True)
+    _write(tmp_path / "proc/driver/nvidia/params", IBGDA_PARAMS)
     _write(tmp_path / "sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
     _write(tmp_path / "sys/fs/cgroup/memory.max", f"{8 << 30}\n")
     _write(tmp_path / "sys/fs/cgroup/cpu.max", "150000 100000\n")
@@ -54,6 +58,7 @@ def whole(tmp_path: Path) -> Machine:
         ),
         limit=lambda kind: 65536,
         cores=lambda: 12,
+        environment={"NVSHMEM_IB_ENABLE_IBGDA": "1", "NVSHMEM_HCA_LIST": "mlx5_0:1"},
         kernel="6.8.0-45-generic",
     )
 
@@ -70,7 +75,9 @@ def test_a_whole_machine_is_fit(whole: Machine) -> None:
     assert found["ep_megatron._nvshmem"].found == "NVSHMEM 3.4.5"
     assert found["GPUs"].found == "2: GPU 0: NVIDIA H100 80GB HBM3"
     assert found["NVLink"].found == "2 links of 26.562 GB/s"
-    assert found["RDMA adapters"].found == "mlx5_0 of 2"
+    assert found["RDMA adapters"].found == "mlx5_0 (RoCE) of 2"
+    settings = "NVSHMEM_HCA_LIST=mlx5_0:1, NVSHMEM_IB_ENABLE_IBGDA=1"
+    assert found["NVSHMEM settings"].found == settings
     assert found["memory"].found == "16000 MiB, 8192 MiB for this control group"
     assert found["cores"].found == "12, a quota of 1.5"
     assert "setting madvise" in found["huge pages"].found
@@ -86,6 +93,7 @@ def test_a_bare_machine_says_how_to_get_what_is_missing(tmp_path: Path) -> None:
         module=lambda name: f"No module named {name!r}",
         limit=lambda kind: 100,
         cores=lambda: 1,
+        environment={},
         kernel="5.15.0",
     )
     found = _by_name(bare)
@@ -96,6 +104,17 @@ def test_a_bare_machine_says_how_to_get_what_is_missing(tmp_path: Path) -> None:
     without = {n for n, f in found.items() if f.status == "absent" and not f.fix}
     assert without == {"GPUs", "NVLink", "RDMA adapters", "huge pages"}
     assert not is_fit(list(found.values()))
+
+
+def test_what_ibgda_lacks_is_said(whole: Machine) -> None:
+    _write(whole.root / "proc/driver/nvidia/params", "EnableStreamMemOPs: 0\n")
+    found = _by_name(whole)["IBGDA"]
+    assert found.status == "absent"
+    assert "without NVreg_EnableStreamMemOPs=1 NVreg_RegistryDwords" in found.found
+    assert found.fix.endswith("/etc/modprobe.d/ibgda.conf")
+    unset = _by_name(replace(whole, environment={}))
+    assert unset["IBGDA"].fix == "export NVSHMEM_IB_ENABLE_IBGDA=1"
+    assert unset["NVSHMEM settings"].found == "defaults"
 
 
 SPOILERS: list[tuple[str, Callable[[Machine], Machine | None], str]] = [

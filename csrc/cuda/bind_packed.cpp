@@ -69,7 +69,9 @@ void bind_packed_args(py::module_& m) {
         .add("timeout_ns", &PackedArgs::timeout_ns)
         .add("window_bytes", &PackedArgs::window_bytes)
         .add("slots", &PackedArgs::slots)
-        .add("tags", &PackedArgs::tags)
+        .add("outbox", &PackedArgs::outbox)
+        .add("inbox", &PackedArgs::inbox)
+        .add("block_bytes", &PackedArgs::block_bytes)
         .add("rank", &PackedArgs::rank)
         .add("num_ranks", &PackedArgs::num_ranks)
         .add("epoch", &PackedArgs::epoch)
@@ -114,7 +116,9 @@ void bind_packed(py::module_& m) {
         .value("take", PackedStep::kTake)
         .value("sum", PackedStep::kSum)
         .value("finish", PackedStep::kFinish)
-        .value("mask", PackedStep::kMask);
+        .value("mask", PackedStep::kMask)
+        .value("send", PackedStep::kSend)
+        .value("tell", PackedStep::kTell);
     m.def("plan_packed", &plan_packed, py::arg("step"), py::arg("args"), py::arg("num_sms"));
     py::class_<PackedWord>(m, "PackedWord")
         .def_readonly("is_there", &PackedWord::is_there)

@@ -312,6 +312,7 @@ void bind_report(py::module_& m) {
 }
 
 void bind_device(py::module_& m) {
+    m.def("kernel_names", &kernel_names);
     m.def("count_devices", &count_devices);
     py::class_<Device>(m, "Device")
         .def(py::init<int>(), py::arg("ordinal"))

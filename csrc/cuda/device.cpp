@@ -6,6 +6,8 @@
 #include <map>
 
 #include "core/errors.h"
+#include "cuda/cross.h"
+#include "cuda/packed_protocol.h"
 
 // The host's stubs of the kernels, which nvcc makes: what a launch names.
 #define EP_KERNELS(X)                                 \
@@ -24,7 +26,23 @@
     X(ep_combine_float64_kernel, CombineArgs)         \
     X(ep_cast_bfloat16_kernel, CastArgs)              \
     X(ep_cast_float16_kernel, CastArgs)               \
-    X(ep_cast_float32_kernel, CastArgs)
+    X(ep_cast_float32_kernel, CastArgs)               \
+    X(ep_expand_kernel, ExpandArgs)                   \
+    X(ep_reduce_bfloat16_kernel, ReduceArgs)          \
+    X(ep_reduce_float16_kernel, ReduceArgs)           \
+    X(ep_reduce_float32_kernel, ReduceArgs)           \
+    X(ep_reduce_float64_kernel, ReduceArgs)           \
+    X(ep_cross_wait_kernel, CrossWaitArgs)            \
+    X(ep_packed_begin_kernel, PackedArgs)             \
+    X(ep_packed_push_kernel, PackedArgs)              \
+    X(ep_packed_push_cast_kernel, PackedArgs)         \
+    X(ep_packed_stage_kernel, PackedArgs)             \
+    X(ep_packed_post_kernel, PackedArgs)              \
+    X(ep_packed_meet_kernel, PackedArgs)              \
+    X(ep_packed_take_kernel, PackedArgs)              \
+    X(ep_packed_sum_kernel, PackedArgs)               \
+    X(ep_packed_finish_kernel, PackedArgs)            \
+    X(ep_packed_mask_kernel, PackedArgs)
 
 namespace ep::cuda {
 
@@ -39,11 +57,15 @@ void check(cudaError_t error, const char* what) {
     fail("cuda: expected ", what, ", got ", cudaGetErrorString(error));
 }
 
-const void* find_kernel(const std::string& name) {
 #define EP_ENTRY(name, Args) {#name, reinterpret_cast<const void*>(name)},
-    static const std::map<std::string, const void*> kernels = {EP_KERNELS(EP_ENTRY)};
-    const auto found = kernels.find(name);
-    if (found == kernels.end())
+const std::map<std::string, const void*>& kernels() {
+    static const std::map<std::string, const void*> all = {EP_KERNELS(EP_ENTRY)};
+    return all;
+}
+
+const void* find_kernel(const std::string& name) {
+    const auto found = kernels().find(name);
+    if (found == kernels().end())
         throw std::invalid_argument(text("launch: expected one of the kernels, got ", name));
     return found->second;
 }
@@ -51,6 +73,12 @@ const void* find_kernel(const std::string& name) {
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 }  // namespace
+
+std::vector<std::string> kernel_names() {
+    std::vector<std::string> names;
+    for (const auto& [name, function] : kernels()) names.push_back(name);
+    return names;
+}
 
 int count_devices() {
     int count = 0;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cuda/launch.h"
 
@@ -11,6 +12,9 @@ namespace ep::cuda {
 
 /// GPUs this process sees; throws where there is no driver.
 int count_devices();
+
+/// What can be launched.
+std::vector<std::string> kernel_names();
 
 class Device {
  public:

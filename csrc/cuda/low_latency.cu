@@ -1,7 +1,7 @@
 // Low-latency rows. Dispatch pushes every token, cast if asked, into the fixed slots that this rank
 // has at the experts' ranks; take packs what is in its own slots by expert, source and token.
-// Combine reads rows where their expert's rank has them and sums them, weighted. No kernel here
-// waits or raises a flag: see low_latency_flags.cu.
+// Combine reads rows where their expert's rank has them, or where a far rank's card has put them,
+// and sums them, weighted. No kernel here waits or raises a flag: see low_latency_flags.cu.
 //
 // Slots are [local expert, source, place]: the place is the slot's index among those of its expert
 // at the source, so no atomic hands them out and the order of rows does not depend on who is first.
@@ -21,10 +21,11 @@ __device__ __forceinline__ char* slot_of(const PackedArgs& args, int64_t token) 
     const int experts_per_rank = args.num_experts / args.num_ranks;
     const int rank = expert / experts_per_rank;
     if (args.state->masked[rank] != 0) return nullptr;
-    const int64_t slot = first_slot(args, expert % experts_per_rank, args.rank) + place;
-    char* window = args.window[rank];
-    store_4(window + args.tags + slot * 4, static_cast<uint32_t>(token));
-    return window + args.slots + slot * args.slot_bytes;
+    const int pair = expert % experts_per_rank * args.num_ranks + args.rank;
+    char* block = is_far(args, rank) ? block_at(args, args.window[args.rank] + args.outbox, expert)
+                                     : block_at(args, args.window[rank] + args.slots, pair);
+    store_4(tag_of(block, place), static_cast<uint32_t>(token));
+    return block + static_cast<int64_t>(place) * args.slot_bytes;
 }
 
 template <class Push>
@@ -50,9 +51,14 @@ __device__ __forceinline__ Weighted weighted_row(const PackedArgs& args, int64_t
     if (expert < 0 || args.state->begins[expert] < 0) return {nullptr, 0.0f};
     const int experts_per_rank = args.num_experts / args.num_ranks;
     const int rank = expert / experts_per_rank;
+    const int64_t row_bytes = args.hidden * 2;
+    if (is_far(args, rank)) {
+        const int64_t row = static_cast<int64_t>(expert) * args.max_tokens + place;
+        return {args.window[args.rank] + args.inbox + row * row_bytes, args.weights[slot]};
+    }
     const int64_t row =
         first_slot(args, expert % experts_per_rank, 0) + args.state->begins[expert] + place;
-    return {args.window[rank] + args.state->rows[rank] + row * args.hidden * 2, args.weights[slot]};
+    return {args.window[rank] + args.state->rows[rank] + row * row_bytes, args.weights[slot]};
 }
 
 constexpr int kSumUnroll = 2;  // 16-byte pieces of a row that a lane sums at once
@@ -111,18 +117,18 @@ EP_ROW_KERNEL ep_packed_take_kernel(const __grid_constant__ PackedArgs args) {
     if (state.status != kPackedAgreed) return;
     const int lane = threadIdx.x % kWarpSize;
     const int64_t capacity = static_cast<int64_t>(args.num_ranks) * args.max_tokens;
-    const char* window = args.window[args.rank];
+    char* blocks = args.window[args.rank] + args.slots;
     const int num_words = args.scale_bytes / 4;
     for_rows(
         args, [&](int pair) { return state.counts[pair]; },
         [&](int pair, int i) {
-            const int64_t slot = static_cast<int64_t>(pair) * args.max_tokens + i;
             const int64_t local = pair / args.num_ranks, row = state.begins[pair] + i;
-            const char* from = window + args.slots + slot * args.slot_bytes;
+            char* block = block_at(args, blocks, pair);
+            const char* from = block + static_cast<int64_t>(i) * args.slot_bytes;
             copy_whole_row(from, args.out + (local * capacity + row) * args.x_bytes, args.x_bytes);
             if (lane == 0)
                 args.out_tokens[local * capacity + row] =
-                    reinterpret_cast<const int32_t*>(window + args.tags)[slot];
+                    *reinterpret_cast<const int32_t*>(tag_of(block, i));
 #pragma unroll 1
             for (int word = lane; word < num_words; word += kWarpSize)
                 store_4(args.out_scales + ((local * num_words + word) * capacity + row) * 4,
@@ -140,10 +146,7 @@ EP_ROW_KERNEL ep_packed_stage_kernel(const __grid_constant__ PackedArgs args) {
         args,
         [&](int pair) {
             const int64_t range = args.layout_range[pair];
-            const int64_t begin = range >> 32, count = range & 0xffffffff;
-            const bool is_inside =
-                begin >= 0 && count <= args.max_tokens && begin + count <= capacity;
-            return is_inside ? static_cast<int>(count) : 0;  // post says so
+            return is_inside(args, range) ? static_cast<int>(range) : 0;  // post says so
         },
         [&](int pair, int i) {
             const int64_t row =

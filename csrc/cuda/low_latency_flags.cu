@@ -2,7 +2,8 @@
 // overwritten, post tells all ranks what was sent. Receiving: meet waits for the posts and works
 // out where rows are, finish says that they have been read and tells the host. Between them run the
 // kernels of low_latency.cu, which neither wait nor raise a flag: what earlier kernels of this
-// stream wrote happens before a later one's flag.
+// stream wrote happens before a later one's flag. Far ranks' flags are raised behind post, finish
+// and mask by csrc/nvshmem/send.cu, from what these note in PackedState and `outgoing`.
 //
 // Who writes, who reads: see PackedControl in packed_protocol.h.
 #include "cuda/packed_protocol.h"
@@ -22,26 +23,26 @@ __device__ __forceinline__ bool is_masked(const PackedArgs& args, int peer) {
 }
 
 /// Wait for a peer's flag, unless it is masked, or masks this rank meanwhile.
-__device__ __forceinline__ Outcome wait_for_peer(const PackedArgs& args,
-                                                 const uint32_t* flag,
-                                                 uint32_t epoch,
-                                                 int peer) {
+__device__ __forceinline__ Outcome wait_for_peer(
+    const PackedArgs& args, const uint64_t* flag, uint32_t epoch, int peer, uint64_t start) {
     if (is_masked(args, peer)) return Outcome::kMasked;
-    const uint32_t* masked_by = &args.control[args.rank]->masked_by[peer];
-    const uint64_t start = now_nanoseconds();
+    const uint64_t* masked_by = &args.control[args.rank]->masked_by[peer];
     do {
-        if (static_cast<int32_t>(load_acquire_system(flag) - epoch) >= 0) return Outcome::kCame;
+        const uint32_t seen = static_cast<uint32_t>(load_acquire_system(flag));
+        if (static_cast<int32_t>(seen - epoch) >= 0) return Outcome::kCame;
         if (load_acquire_system(masked_by) != 0) return Outcome::kMasked;
     } while (now_nanoseconds() - start < args.timeout_ns);
     return Outcome::kLate;
 }
 
 /// Mask a rank that is late, or note that this Buffer cannot go on. Peers' memory first: the masked
-/// rank must know before anything that it may read is overwritten by later kernels.
+/// rank must know before anything that it may read is overwritten by later kernels. A far one reads
+/// what was put into its own memory, and nothing is put there from now on.
 __device__ __forceinline__ void lose(const PackedArgs& args, int peer) {
     if (args.masks_late) {
         args.state->masked[peer] = 1;
-        store_release_system(&args.control[peer]->masked_by[args.rank], 1);
+        if (is_far(args, peer)) return;
+        store_release_system(&args.control[peer]->masked_by[args.rank], uint64_t{1});
     } else {
         args.state->late[peer] = 1;
     }
@@ -88,10 +89,8 @@ __device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
     int64_t range = 0;  // first row and rows, of expert (dispatch) or layout entry `thread`
     if (thread < args.num_experts)
         range = args.operation == kPackedCombine ? args.layout_range[thread] : counts[thread];
-    const int64_t begin = range >> 32, count = range & 0xffffffff;
-    const bool is_inside = begin >= 0 && count <= args.max_tokens &&
-                           begin + count <= static_cast<int64_t>(args.num_ranks) * args.max_tokens;
-    const uint32_t bad_range = least(is_inside ? kNone : static_cast<uint32_t>(thread), by_warp);
+    const uint32_t bad_range =
+        least(is_inside(args, range) ? kNone : static_cast<uint32_t>(thread), by_warp);
     if (bad_slot != kNone) {
         if (thread != 0) return;
         head.kind = kPackedBadIndex;
@@ -105,7 +104,7 @@ __device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
 }
 
 /// A warp per peer copies the head and the peer's numbers, and raises the flag; to masked ranks
-/// too, which are then at the same call when they are taken back.
+/// too, which are then at the same call when they are taken back. For far peers both are send's.
 __device__ __forceinline__ void push_posts(const PackedArgs& args,
                                            const PackedHead& head,
                                            const int32_t* counts) {
@@ -115,25 +114,28 @@ __device__ __forceinline__ void push_posts(const PackedArgs& args,
     for (int i = threadIdx.x / kWarpSize; i < args.num_ranks; i += kMeetWarps) {
         // Each rank begins with its neighbour, so that not all write to rank 0 first.
         const int peer = (args.rank + 1 + i) % args.num_ranks;
-        PackedControl* there = args.control[peer];
-        PackedPost& post = there->posts[args.epoch % 2][args.rank];
+        const uint32_t parity = args.epoch % 2;
+        const bool is_near = !is_far(args, peer);
+        PackedControl* there = args.control[is_near ? peer : args.rank];
+        PackedPost& post =
+            is_near ? there->posts[parity][args.rank] : there->outgoing[parity][peer];
 #pragma unroll 1
         for (int word = lane; word < static_cast<int>(sizeof(PackedHead) / 16); word += kWarpSize)
             reinterpret_cast<uint4*>(&post.head)[word] =
                 reinterpret_cast<const uint4*>(&head)[word];
-        if (head.kind == kPackedTakesPart && args.operation != kPackedNothing)
 #pragma unroll 1
-            for (int expert = lane; expert < local; expert += kWarpSize) {
-                if (args.operation == kPackedDispatch) {
-                    post.numbers[expert] = counts[peer * local + expert];
-                    continue;
-                }
-                const int64_t range = args.layout_range[expert * args.num_ranks + peer];
-                post.numbers[2 * expert] = static_cast<int32_t>(range >> 32);
-                post.numbers[2 * expert + 1] = static_cast<int32_t>(range);
+        for (int expert = lane; expert < static_cast<int>(head.num_numbers); expert += kWarpSize) {
+            if (args.operation == kPackedDispatch) {
+                post.numbers[expert] = counts[peer * local + expert];
+                continue;
             }
+            const int64_t range = args.layout_range[expert * args.num_ranks + peer];
+            post.numbers[2 * expert] = static_cast<int32_t>(range >> 32);
+            post.numbers[2 * expert + 1] = is_inside(args, range) ? static_cast<int32_t>(range) : 0;
+        }
         __syncwarp();  // all lanes' words before lane 0's flag
-        if (lane == 0) store_release_system(&there->sent[args.rank], args.epoch);
+        if (lane == 0 && is_near)
+            store_release_system(&there->sent[parity][args.rank], uint64_t{args.epoch});
     }
 }
 
@@ -197,6 +199,23 @@ __device__ __forceinline__ bool agrees(const PackedHead& head, const PackedHead&
     return is_same;
 }
 
+/// Wait for all rows that a far rank's post announces, whether they will be taken or not.
+__device__ __forceinline__ Outcome wait_for_rows(const PackedArgs& args, int peer, uint64_t start) {
+    const PackedControl& own = *args.control[args.rank];
+    const PackedPost& post = own.posts[args.epoch % 2][peer];
+    const bool is_dispatch = post.head.operation == kPackedDispatch;
+    const int local = static_cast<int>(post.head.num_numbers);
+#pragma unroll 1
+    for (int expert = 0; expert < local; ++expert) {
+        if (post.numbers[is_dispatch ? expert : 2 * expert + 1] == 0) continue;
+        const int number = is_dispatch ? expert * args.num_ranks + peer : peer * local + expert;
+        const uint64_t* signal = &own.rows[args.epoch % 2][number];
+        const Outcome outcome = wait_for_peer(args, signal, args.epoch, peer, start);
+        if (outcome != Outcome::kCame) return outcome;
+    }
+    return Outcome::kCame;
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kMaskThreads)
@@ -205,8 +224,9 @@ extern "C" __global__ void __launch_bounds__(kMaskThreads)
     const int peer = threadIdx.x;
     bool is_late = false;
     if (peer < args.num_ranks) {
-        const uint32_t* done = &args.control[args.rank]->done[args.epoch % 2][peer];
-        is_late = wait_for_peer(args, done, args.epoch - 2, peer) == Outcome::kLate;
+        const uint64_t* done = &args.control[args.rank]->done[args.epoch % 2][peer];
+        is_late =
+            wait_for_peer(args, done, args.epoch - 2, peer, now_nanoseconds()) == Outcome::kLate;
         if (is_late) lose(args, peer);
     }
     is_broken(args, is_late);
@@ -224,6 +244,10 @@ extern "C" __global__ void __launch_bounds__(kMeetThreads)
             reinterpret_cast<const uint4*>(&args.head)[thread];
     if (args.operation == kPackedDispatch) count_slots(args, counts);
     __syncthreads();
+    if (thread == 0) {
+        head.operation = static_cast<uint32_t>(args.operation);
+        head.num_numbers = args.operation == kPackedNothing ? 0 : args.num_experts / args.num_ranks;
+    }
     if (args.operation != kPackedNothing) refuse_bad_values(args, counts, by_warp, head);
     __syncthreads();
     push_posts(args, head, counts);
@@ -240,8 +264,10 @@ extern "C" __global__ void __launch_bounds__(kMeetThreads)
     if (thread < args.num_ranks) {
         const uint64_t start = now_nanoseconds();
         Outcome outcome = Outcome::kMasked;
-        const uint32_t* sent = &args.control[args.rank]->sent[thread];
-        if (!was_broken) outcome = wait_for_peer(args, sent, args.epoch, thread);
+        const uint64_t* sent = &args.control[args.rank]->sent[args.epoch % 2][thread];
+        if (!was_broken) outcome = wait_for_peer(args, sent, args.epoch, thread, start);
+        if (outcome == Outcome::kCame && is_far(args, thread))
+            outcome = wait_for_rows(args, thread, start);
         is_late = outcome == Outcome::kLate;
         if (is_late) lose(args, thread);
         is_there[thread] = outcome == Outcome::kCame;
@@ -281,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(kMaskThreads)
     ep_packed_finish_kernel(const __grid_constant__ PackedArgs args) {
     const int peer = threadIdx.x;
     const bool is_rank = peer < args.num_ranks;
-    const PackedState& state = *args.state;
+    PackedState& state = *args.state;
     const bool is_over = state.broken != 0;
     const PackedControl* own = args.control[args.rank];
     // What the kernels before have read of a rank that has masked this one may be another call's.
@@ -292,9 +318,11 @@ extern "C" __global__ void __launch_bounds__(kMaskThreads)
     if (is_rank) {
         args.report->masked[peer] = is_masked(args, peer);
         args.report->late[peer] = state.late[peer];
-        if (!reads_again && !is_over)
-            store_release_system(&args.control[peer]->done[args.epoch % 2][args.rank], args.epoch);
+        if (!reads_again && !is_over && !is_far(args, peer))
+            store_release_system(&args.control[peer]->done[args.epoch % 2][args.rank],
+                                 uint64_t{args.epoch});
     }
+    if (peer == 0 && !reads_again && !is_over) state.finished = args.epoch;
     if (peer == 0)
         args.report->status = is_over ? kPackedTimedOut : reads_again ? kPackedAgain : state.status;
     __syncthreads();  // all threads' part of the report before its ticket
@@ -308,10 +336,11 @@ extern "C" __global__ void __launch_bounds__(kMaskThreads)
     if (peer < args.num_ranks) {
         if (peer == args.mask_rank && peer != args.rank) {
             args.state->masked[peer] = static_cast<uint32_t>(args.mask_value);
-            store_release_system(&args.control[peer]->masked_by[args.rank],
-                                 static_cast<uint32_t>(args.mask_value));
+            const uint64_t value = static_cast<uint64_t>(args.mask_value);
+            if (!is_far(args, peer))
+                store_release_system(&args.control[peer]->masked_by[args.rank], value);
             if (args.mask_value == 0)
-                store_release_system(&args.control[args.rank]->masked_by[peer], 0);
+                store_release_system(&args.control[args.rank]->masked_by[peer], value);
         }
         args.report->masked[peer] = is_masked(args, peer);
     }

@@ -7,8 +7,8 @@
 namespace ep::cuda {
 namespace {
 
-constexpr const char* kNames[] = {"begin", "push", "stage",  "post", "meet",
-                                  "take",  "sum",  "finish", "mask"};
+constexpr const char* kNames[] = {"begin", "push",   "stage", "post", "meet", "take",
+                                  "sum",   "finish", "mask",  "send", "tell"};
 
 void check_sizes(const char* operation, const PackedArgs& args) {
     require_range(operation, "num_experts", args.num_experts, args.num_ranks, kMaxExperts);
@@ -34,14 +34,17 @@ bool check_slots(const char* operation, const PackedArgs& args) {
     require(args.slot_bytes == (args.x_bytes + args.scale_bytes + 15) / 16 * 16, operation,
             "the bytes of a slot", text((args.x_bytes + args.scale_bytes + 15) / 16 * 16),
             args.slot_bytes);
-    const int64_t slots = static_cast<int64_t>(args.num_experts) * args.max_tokens;
-    require_multiple(operation, "where slots are", static_cast<int64_t>(args.slots), 16);
-    require_range(operation, "where slots end",
-                  static_cast<int64_t>(args.slots) + slots * args.slot_bytes, 0,
-                  static_cast<int64_t>(args.tags));
-    require_range(operation, "where the tags of slots end",
-                  static_cast<int64_t>(args.tags) + 4 * slots, 0,
-                  static_cast<int64_t>(args.window_bytes));
+    const int64_t block = (int64_t{4} * args.max_tokens + 15) / 16 * 16 +
+                          static_cast<int64_t>(args.max_tokens) * args.slot_bytes;
+    require(static_cast<int64_t>(args.block_bytes) == block, operation,
+            "the bytes of a block of slots", text(block), args.block_bytes);
+    for (const auto& [what, at] :
+         {std::pair("slots", args.slots), std::pair("outgoing slots", args.outbox)}) {
+        const auto begin = static_cast<int64_t>(at);
+        require_multiple(operation, text("where ", what, " are").c_str(), begin, 16);
+        require_range(operation, text("where ", what, " end").c_str(),
+                      begin + args.num_experts * block, 0, static_cast<int64_t>(args.window_bytes));
+    }
     if (!is_cast) return false;
     const bool is_packed = args.recipe.scale_format == kPackedScales;
     require(args.recipe.lanes_per_block == 128 / kCastColumns, operation, "the columns of a block",
@@ -57,6 +60,14 @@ void check_rows_inside(const char* operation, const PackedArgs& args) {
     require_multiple(operation, "where rows are", static_cast<int64_t>(args.head.rows), 16);
     require_range(operation, "where rows end",
                   static_cast<int64_t>(args.head.rows) + rows * args.hidden * 2, 0,
+                  static_cast<int64_t>(args.window_bytes));
+}
+
+void check_inbox(const char* operation, const PackedArgs& args) {
+    const int64_t rows = static_cast<int64_t>(args.num_experts) * args.max_tokens;
+    require_multiple(operation, "where the inbox is", static_cast<int64_t>(args.inbox), 16);
+    require_range(operation, "where the inbox ends",
+                  static_cast<int64_t>(args.inbox) + rows * args.hidden * 2, 0,
                   static_cast<int64_t>(args.window_bytes));
 }
 
@@ -90,9 +101,19 @@ Launch plan_packed(PackedStep step, const PackedArgs& args, int num_sms) {
                                       : static_cast<int64_t>(args.num_experts) * args.max_tokens,
                           num_sms);
         if (step == PackedStep::kStage) check_rows_inside(operation, args);
+        if (step == PackedStep::kSum) check_inbox(operation, args);
         if ((step == PackedStep::kPush || step == PackedStep::kTake) &&
             check_slots(operation, args) && step == PackedStep::kPush)
             kernel = "ep_packed_push_cast_kernel";
+    } else if (step == PackedStep::kSend) {
+        if (has_sizes) check_sizes(operation, args);
+        if (args.operation == kPackedDispatch) check_slots(operation, args);
+        if (args.operation == kPackedCombine) {
+            check_rows_inside(operation, args);
+            check_inbox(operation, args);
+        }
+        block = kRowWarps * kWarpSize;
+        grid = blocks_for(args.num_experts + args.num_ranks, num_sms);
     }
     return {std::move(kernel), grid, block, 0,
             std::string(reinterpret_cast<const char*>(&args), sizeof args)};

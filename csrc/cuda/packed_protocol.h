@@ -13,6 +13,14 @@
 // A masked rank is neither waited for nor read from. Who masks says so in the masked rank's memory
 // *before* it overwrites anything that rank may still read; a reader looks there after it has read,
 // and reads again without those who have masked it.
+//
+// Ranks of other nodes are *far*: their memory is out of reach, `control` and `window` are null.
+// What goes there is first laid into this rank's own memory, by the same kernels: rows into its
+// *outbox*, posts into `outgoing`. Behind them csrc/nvshmem/send.cu puts both, each with a signal,
+// and raises `done` and `masked_by` by signals. The memory that peers' cards write is the same that
+// near peers' kernels write, but for the rows of a combine, which come into the *inbox* because
+// this rank cannot read them where they are. Of the network one order is relied on: a signal is
+// seen after the data of its own put.
 #include <cstddef>
 #include <cstdint>
 
@@ -38,6 +46,8 @@ struct alignas(16) PackedHead {
     int64_t call[kNumPackedFields];
     uint32_t kind;  // PackedKind
     uint32_t epoch;
+    uint32_t operation;    // PackedOperation
+    uint32_t num_numbers;  // the sender's experts per rank; 0 if it sends no rows
     int64_t error_value;
     int64_t error_at;
     uint64_t rows;  // combine: where its rows are, in bytes from the start of its window
@@ -47,18 +57,26 @@ struct alignas(16) PackedHead {
 struct alignas(16) PackedPost {
     PackedHead head;
     // Dispatch: rows for each of the peer's local experts. Combine: for each of the sender's local
-    // experts, the first of the peer's rows and their number.
+    // experts, the first of the peer's rows and their number. Also where the sender refuses the
+    // call: its rows are under way, and a far rank must wait for them before it says that it is
+    // done, else they could come into a later call's place.
     int32_t numbers[2 * kMaxExperts];
 };
 
-/// The part of a rank's memory that its peers' flag kernels write. Zeroed once. Flags are written
-/// by one rank each (release, system scope), read by the owner (acquire, system scope), and only
-/// grow; `masked_by` goes both ways.
+/// The part of a rank's memory that its peers' flag kernels, or their cards, write. Zeroed once.
+/// Flags are written by one rank each (release, system scope, or the signal of a put), read by the
+/// owner (acquire, system scope), and only grow; `masked_by` goes both ways. Flags of calls that
+/// may be under way at once are apart, by call number modulo 2: what the network brings of the
+/// later call may overtake what it brings of the earlier.
 struct alignas(16) PackedControl {
-    uint32_t sent[kMaxRanks];       // by source rank: its last call whose rows are here
-    uint32_t done[2][kMaxRanks];    // by call number modulo 2 and reading rank
-    uint32_t masked_by[kMaxRanks];  // whether that rank has masked the owner
+    uint64_t sent[2][kMaxRanks];    // by source rank: its last call whose post is here
+    uint64_t done[2][kMaxRanks];    // by reading rank
+    uint64_t masked_by[kMaxRanks];  // whether that rank has masked the owner
+    // Far ranks' last calls whose rows are here. Dispatch: by [local expert, source], combine: by
+    // expert. Only where a post says that there are any.
+    uint64_t rows[2][kMaxExperts];
     PackedPost posts[2][kMaxRanks];
+    PackedPost outgoing[2][kMaxRanks];  // by far rank: the owner's post, to be put there
 };
 
 enum PackedStatus : uint32_t {
@@ -72,7 +90,9 @@ enum PackedStatus : uint32_t {
 /// This rank's own device memory, written by its kernels one after the other.
 struct alignas(16) PackedState {
     uint32_t masked[kMaxRanks];
+    uint32_t told[kMaxRanks];  // of far ranks: what they have last been told of `masked`
     uint32_t late[kMaxRanks];  // who did not come, where that is an error
+    uint32_t finished;         // the last call of which far ranks may be told that it is done
     uint32_t broken;           // the call in which ranks were late, for good; 0: none
     uint32_t status;           // PackedStatus of the receiving half that meet has begun
     uint32_t is_there[kMaxRanks];
@@ -96,14 +116,16 @@ struct alignas(16) PackedReport {
 /// Arguments of all low-latency kernels. T tokens, K slots, E experts, R ranks, L = E/R, C the most
 /// tokens of a rank, H hidden. Each kernel reads what it needs; the rest is zero.
 struct PackedArgs {
-    PackedControl* control[kMaxRanks];
-    char* window[kMaxRanks];  // rows of every rank
+    PackedControl* control[kMaxRanks];  // null for far ranks
+    char* window[kMaxRanks];            // rows of every rank; null for far ranks
     PackedState* state;
     PackedReport* report;
     uint64_t timeout_ns;
     uint64_t window_bytes;
-    uint64_t slots;  // of this call in every window: rows [L, R, C, slot_bytes]
-    uint64_t tags;   // likewise: int32 [L, R, C], the token's index at its source
+    uint64_t slots;        // of this call in every window: [L, R] blocks
+    uint64_t outbox;       // likewise: [E] blocks, of which those of far ranks' experts are used
+    uint64_t inbox;        // likewise, combine: bfloat16 [E, C, H], rows of far ranks' experts
+    uint64_t block_bytes;  // of C slots and their tags; see block_at in packed_slots.cuh
     int32_t rank;
     int32_t num_ranks;
     uint32_t epoch;

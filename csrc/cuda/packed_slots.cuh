@@ -44,7 +44,30 @@ __device__ __forceinline__ int count_of(const PackedArgs& args, int expert) {
     return count;
 }
 
-/// Row 0 of the block that a source has at a local expert, in slots.
+/// Whether an entry of layout_range is one that dispatch can have written.
+__device__ __forceinline__ bool is_inside(const PackedArgs& args, int64_t range) {
+    const int64_t begin = range >> 32, count = range & 0xffffffff;
+    return begin >= 0 && count <= args.max_tokens &&
+           begin + count <= static_cast<int64_t>(args.num_ranks) * args.max_tokens;
+}
+
+/// Whether a rank's memory is out of reach.
+__device__ __forceinline__ bool is_far(const PackedArgs& args, int rank) {
+    return args.control[rank] == nullptr;
+}
+
+/// Slot 0 of a block. Before it are the tags, the tokens' indices at their source, the i-th at
+/// `tag_of`: so the first n slots and their tags are one piece of memory, for every n.
+__device__ __forceinline__ char* block_at(const PackedArgs& args, char* blocks, int64_t number) {
+    const int64_t tag_bytes = (static_cast<int64_t>(args.max_tokens) * 4 + 15) / 16 * 16;
+    return blocks + number * static_cast<int64_t>(args.block_bytes) + tag_bytes;
+}
+
+__device__ __forceinline__ char* tag_of(char* block, int64_t place) {
+    return block - (place + 1) * 4;
+}
+
+/// Row 0 of the rows that a source has at a local expert.
 __device__ __forceinline__ int64_t first_slot(const PackedArgs& args, int local, int source) {
     return (static_cast<int64_t>(local) * args.num_ranks + source) * args.max_tokens;
 }

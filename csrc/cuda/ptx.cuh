@@ -21,6 +21,11 @@ __device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* flag) {
     return value;
 }
 
+/// The same for a flag that the network may raise as well, and whose readers see no difference.
+__device__ __forceinline__ void store_release_system(uint64_t* flag, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
 /// Look at a signal that a network card writes behind the data of its put, or a peer's kernel as it
 /// would a flag. What this thread does later, and after a barrier its block, sees that data.
 __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* signal) {

@@ -25,6 +25,12 @@ PYBIND11_MODULE(_nvshmem, m) {
           py::arg("device"), WithoutGil());
     m.def("world", &world);
     m.def("allocate", &ep::nvshmem::allocate, py::arg("num_bytes"), WithoutGil());
+    m.def("peer_address", &ep::nvshmem::peer_address, py::arg("address"), py::arg("peer"));
+    m.def(
+        "launch",
+        [](const std::string& kernel, unsigned grid, unsigned block, const py::bytes& params,
+           uintptr_t stream) { ep::nvshmem::launch(kernel, grid, block, params, stream); },
+        py::arg("kernel"), py::arg("grid"), py::arg("block"), py::arg("params"), py::arg("stream"));
     m.def("put_signal", &ep::nvshmem::put_signal, py::arg("peer"), py::arg("source"),
           py::arg("target"), py::arg("num_bytes"), py::arg("signal"), py::arg("value"),
           py::arg("stream"));

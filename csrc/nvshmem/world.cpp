@@ -6,15 +6,30 @@
 #include <cstring>
 
 #include "core/errors.h"
+#include "cuda/packed_protocol.h"
+
+// The host's stubs of the kernels in send.cu, which nvcc makes.
+namespace ep::cuda {
+extern "C" void ep_packed_send_kernel(const PackedArgs);
+extern "C" void ep_packed_tell_kernel(const PackedArgs);
+}  // namespace ep::cuda
 
 namespace ep::nvshmem {
+using cuda::ep_packed_send_kernel;
+using cuda::ep_packed_tell_kernel;
 namespace {
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == kUniqueIdBytes);
 
-std::optional<World>& current() {
-    static std::optional<World> world;
-    return world;
+/// NVSHMEM's state, as far as it does not say it itself.
+struct Joined {
+    World world;
+    int device;
+};
+
+std::optional<Joined>& current() {
+    static std::optional<Joined> joined;
+    return joined;
 }
 
 const char* name_of(int status) {
@@ -65,9 +80,11 @@ void require_aligned(const char* operation, const char* what, uintptr_t value, s
             text("a multiple of ", alignment, " above 0"), text(value));
 }
 
+/// The world this process is in; its GPU is the calling thread's current one from here on.
 const World& joined(const char* operation) {
     if (!current()) fail("nvshmem ", operation, ": expected a world, got none; call join first");
-    return *current();
+    check(cudaSetDevice(current()->device), operation, "to use the GPU");
+    return current()->world;
 }
 
 }  // namespace
@@ -96,11 +113,12 @@ void join(const std::string& unique_id, int rank, int num_ranks, int device) {
     require(num_ranks >= 1, kJoin, "the number of ranks", "at least 1", text(num_ranks));
     require(rank >= 0 && rank < num_ranks, kJoin, "rank", text("from 0 to ", num_ranks - 1),
             text(rank));
-    if (const auto& world = current()) {
-        const bool is_same = world->unique_id == unique_id && world->rank == rank;
-        if (is_same && world->num_ranks == num_ranks) return;
-        fail("nvshmem join: expected the world this process is in, as rank ", world->rank, " of ",
-             world->num_ranks, ", got another; a process can be in one only");
+    if (current()) {
+        const World& world = current()->world;
+        const bool is_same = world.unique_id == unique_id && world.rank == rank;
+        if (is_same && world.num_ranks == num_ranks) return;
+        fail("nvshmem join: expected the world this process is in, as rank ", world.rank, " of ",
+             world.num_ranks, ", got another; a process can be in one only");
     }
     int count = 0;
     check(cudaGetDeviceCount(&count), kJoin, "a CUDA driver and a GPU");
@@ -110,16 +128,25 @@ void join(const std::string& unique_id, int rank, int num_ranks, int device) {
     check(cudaFree(nullptr), kJoin, "a context on the GPU");
     nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
     check(nvshmemx_set_attr_uniqueid_args(rank, num_ranks, &id, &attributes), kJoin, "a unique id");
-    check(nvshmemx_hostlib_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes), kJoin,
-          "all ranks to meet");
+    // What nvshmemx_init_attr calls, which would end the process where this returns a status. It
+    // also readies this library's kernels.
+    int provided = 0;
+    const nvshmemi_version_t headers = {NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION,
+                                        NVSHMEM_VENDOR_PATCH_VERSION};
+    check(nvshmemi_init_thread(NVSHMEM_THREAD_SERIALIZED, &provided, NVSHMEMX_INIT_WITH_UNIQUEID,
+                               &attributes, headers),
+          kJoin, "all ranks to meet");
     // Without a GPU that it can use, NVSHMEM only connects the hosts, and ends the process later.
     if (nvshmemx_init_status() < NVSHMEM_STATUS_IS_INITIALIZED)
         fail("nvshmem join: expected every GPU to be within reach, got status ",
              nvshmemx_init_status(), "; NVSHMEM_DEBUG=INFO tells more");
-    current() = World{unique_id, rank, num_ranks};
+    current() = Joined{{unique_id, rank, num_ranks}, device};
 }
 
-std::optional<World> world() { return current(); }
+std::optional<World> world() {
+    if (!current()) return std::nullopt;
+    return current()->world;
+}
 
 uintptr_t allocate(size_t num_bytes) {
     joined("allocate");
@@ -129,6 +156,32 @@ uintptr_t allocate(size_t num_bytes) {
         fail("nvshmem allocate: expected room for ", num_bytes,
              " bytes on every rank, got none; raise NVSHMEM_SYMMETRIC_SIZE");
     return reinterpret_cast<uintptr_t>(memory);
+}
+
+uintptr_t peer_address(uintptr_t address, int peer) {
+    const World& world = joined("peer_address");
+    require(peer >= 0 && peer < world.num_ranks, "peer_address", "the peer",
+            text("from 0 to ", world.num_ranks - 1), text(peer));
+    return reinterpret_cast<uintptr_t>(nvshmem_ptr(reinterpret_cast<const void*>(address), peer));
+}
+
+void launch(const std::string& kernel,
+            unsigned grid,
+            unsigned block,
+            std::string params,
+            uintptr_t stream) {
+    joined("launch");
+    const bool is_send = kernel == "ep_packed_send_kernel";
+    require(is_send || kernel == "ep_packed_tell_kernel", "launch", "the kernel",
+            "one of those that put", kernel);
+    require(params.size() == sizeof(cuda::PackedArgs), "launch", "the parameters",
+            text(sizeof(cuda::PackedArgs), " bytes"), text(params.size()));
+    const auto* function = is_send ? reinterpret_cast<const void*>(ep_packed_send_kernel)
+                                   : reinterpret_cast<const void*>(ep_packed_tell_kernel);
+    void* arguments[] = {params.data()};
+    check(cudaLaunchKernel(function, dim3(grid), dim3(block), arguments, 0,
+                           reinterpret_cast<cudaStream_t>(stream)),
+          "launch", kernel.c_str());
 }
 
 void put_signal(int peer,

@@ -38,6 +38,13 @@ std::optional<World> world();
 /// it back would be collective too.
 uintptr_t allocate(size_t num_bytes);
 
+/// Where kernels of this rank reach a peer's memory of the same allocation; 0 if they do not.
+uintptr_t peer_address(uintptr_t address, int peer);
+
+/// Launch a kernel of send.cu.
+void launch(
+    const std::string& kernel, unsigned grid, unsigned block, std::string params, uintptr_t stream);
+
 /// Copy to a peer's memory of the same allocation, then write its signal; see `Network` in
 /// ep_megatron/backends/network.py. Behind earlier work of `stream`.
 void put_signal(int peer,

@@ -132,15 +132,19 @@ def choose_low_latency(
     how = "torch.distributed"
     if backend.name == "cuda":
         from ep_megatron.backends.cuda import CudaBackend
+        from ep_megatron.backends.cuda_nodes import CudaNodesBackend
         from ep_megatron.backends.packed_cuda import PackedCuda
 
-        if not isinstance(backend, CudaBackend):
-            raise NotImplementedError(
-                "Buffer: expected the GPUs of low_latency_mode to be on one host, got several"
-            )
         meeting, num_bytes = Meeting(group, config.timeout), window_bytes or config.initial_bytes
-        made = PackedCuda(meeting, backend.device, config, num_bytes, enable_shrink=enable_shrink)
-        how = "NVLink"
+        far, how = None, "NVLink"
+        if isinstance(backend, CudaNodesBackend):
+            near = backend.nodes.members[backend.nodes.host_of[backend.rank]]
+            far, how = (backend.network, near), "NVLink and NVSHMEM"
+        else:
+            assert isinstance(backend, CudaBackend)
+        made = PackedCuda(
+            meeting, backend.device, config, num_bytes, enable_shrink=enable_shrink, far=far
+        )
     elif backend.name == "shared_memory":
         made = _packed_shared(group, config, enable_shrink)
         how = "shared memory"

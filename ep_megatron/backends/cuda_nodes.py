@@ -69,6 +69,7 @@ class CudaNodesBackend:
                 raise ValueError(f"Buffer: expected at most {most} {what}, got {actual}")
         self._node = self.nodes.host_of[self.rank]
         self._meeting, self._inside, self._device = meeting, inside, device
+        self.device, self.network = device, network  # for low-latency calls beside
         self._num_sms = min(config.num_sms, device.num_sms)
         self._is_wire_exact = config.float32_between_hosts
         sizes = (config.timeout, self._num_sms)

@@ -6,6 +6,8 @@ relied on: a signal is seen after the data of its own put.
 
 from typing import Protocol
 
+from ep_megatron.backends.device import Launch
+
 
 class Network(Protocol):
     """See the module. Methods raise RuntimeError with the system's reason."""
@@ -16,6 +18,12 @@ class Network(Protocol):
         Collective. In a put the address stands for the peer's memory of the same allocation. It is
         the network's to free, when it is closed.
         """
+
+    def peer_address(self, address: int, peer: int) -> int:
+        """Return where kernels reach a peer's memory of the same allocation; 0 if they do not."""
+
+    def launch(self, launch: Launch) -> None:
+        """Launch a kernel that puts by itself, on the device's stream, inside `on_stream`."""
 
     def put_signal(
         self, peer: int, source: int, target: int, num_bytes: int, signal: int, value: int

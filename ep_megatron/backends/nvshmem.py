@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ep_megatron.backends.device import Launch
 from ep_megatron.backends.meeting import Gathering
 
 _MODULE = "ep_megatron._nvshmem"
@@ -80,6 +81,15 @@ class NvshmemNetwork:
         """See `Network.allocate`. The memory stays until the process ends."""
         address: int = self._native.allocate(num_bytes)
         return address
+
+    def peer_address(self, address: int, peer: int) -> int:
+        """See `Network.peer_address`."""
+        there: int = self._native.peer_address(address, peer)
+        return there
+
+    def launch(self, launch: Launch) -> None:
+        """See `Network.launch`."""
+        self._native.launch(launch.kernel, launch.grid, launch.block, launch.params, self._stream)
 
     def put_signal(
         self, peer: int, source: int, target: int, num_bytes: int, signal: int, value: int

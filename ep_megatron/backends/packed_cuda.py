@@ -1,8 +1,9 @@
-"""Low-latency calls between GPUs that reach each other's memory.
+"""Low-latency calls between GPUs: by each other's memory, or by a network that kernels put into.
 
 Every rank has one window, of a size that is fixed when the Buffer is made. The kernels are in
-csrc/cuda/low_latency.cu and low_latency_flags.cu, who writes and reads what in
-csrc/cuda/packed_protocol.h. R ranks, E experts, C the most tokens of a rank, H hidden.
+csrc/cuda/low_latency.cu and low_latency_flags.cu, and for ranks that are out of reach in
+csrc/nvshmem/send.cu; who writes and reads what in csrc/cuda/packed_protocol.h. R ranks, E experts,
+C the most tokens of a rank, H hidden.
 """
 
 import math
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ep_megatron import _cuda
 from ep_megatron.backends.device import Device, Memory
-from ep_megatron.backends.device_arena import share
 from ep_megatron.backends.device_rows import recipe_of
 from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.network import Network
 from ep_megatron.backends.packed import (
     COMBINE,
     DISPATCH,
@@ -29,6 +30,7 @@ from ep_megatron.backends.packed import (
 )
 from ep_megatron.backends.packed_report import raise_disagreement
 from ep_megatron.backends.packed_window import Place, SlotBytes, Window
+from ep_megatron.backends.reach import Reach
 from ep_megatron.config import BufferConfig
 
 _HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadlines that the kernels keep
@@ -44,10 +46,11 @@ class PackedCuda:
 
     Args:
         meeting: the ranks; used by the constructor alone.
-        device: this rank's; all ranks' devices reach each other's shared memory.
+        device: this rank's.
         config: limits; see `BufferConfig`.
         window_bytes: of every rank's window; what DeepEP's size hint says is enough.
         enable_shrink: whether a rank that is late is masked instead of an error.
+        far: see `Reach`.
 
     Raises:
         RuntimeError: on every rank, if one cannot share its memory or has another `window_bytes`.
@@ -61,6 +64,7 @@ class PackedCuda:
         window_bytes: int,
         *,
         enable_shrink: bool,
+        far: tuple[Network, Sequence[int]] | None = None,
     ) -> None:
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         self.device_type = device.device_type
@@ -72,9 +76,10 @@ class PackedCuda:
                 "Buffer: expected num_rdma_bytes to be the same on all ranks, got "
                 + ", ".join(f"{size} on rank {rank}" for rank, size in enumerate(sizes))
             )
-        self._window = Window(window_bytes)
-        self._controls = self._share(meeting, _cuda.PACKED_CONTROL_BYTES)
-        self._windows = self._share(meeting, max(self._window.num_bytes, 1))
+        self._reach = Reach(device, far)
+        self._window = Window(window_bytes, is_far=far is not None)
+        self._controls = self._reach.share(meeting, _cuda.PACKED_CONTROL_BYTES)
+        self._windows = self._reach.share(meeting, max(self._window.num_bytes, 1))
         self._state = device.allocate(_cuda.PACKED_STATE_BYTES)
         self._report = device.allocate_host(_cuda.PACKED_REPORT_BYTES)
         self._epoch, self._ticket, self._broken = 0, 0, ""
@@ -90,8 +95,9 @@ class PackedCuda:
         with self._device.on_stream():
             args = self._args(epoch, call, slots)
             args.x = rows.address
-            for step in (_cuda.PackedStep.begin, _cuda.PackedStep.push, _cuda.PackedStep.post):
+            for step in (_cuda.PackedStep.begin, _cuda.PackedStep.push):
                 self._launch(step, args)
+            self._post(args)
         self._pending[epoch] = (rows, slots)
         return epoch
 
@@ -116,7 +122,7 @@ class PackedCuda:
                 self._wait_for_readers(place, epoch)
                 args.x = rows.address
                 self._launch(_cuda.PackedStep.stage, args)
-            self._launch(_cuda.PackedStep.post, args)
+            self._post(args)
         place.last_call = epoch
         self._pending[epoch] = (slots, layout, rows)
         return epoch
@@ -173,7 +179,7 @@ class PackedCuda:
         args = self._args(epoch, call, None)
         with self._device.on_stream():
             self._launch(_cuda.PackedStep.begin, args)
-            self._launch(_cuda.PackedStep.post, args)
+            self._post(args)
         waited = torch.zeros(self.num_ranks, dtype=torch.int64)
         self._receive(epoch, call, args, None, waited)
 
@@ -229,10 +235,6 @@ class PackedCuda:
 
     # -- all calls --------------------------------------------------------------------------------
 
-    def _share(self, meeting: Meeting, num_bytes: int) -> list[int]:
-        addresses = share(self._device, meeting, "Buffer", num_bytes, is_zeroed=True)
-        return [address or 0 for address in addresses]
-
     def _begin(self, name: str) -> int:
         if self._broken:
             raise RuntimeError(
@@ -253,14 +255,15 @@ class PackedCuda:
         args.set_head(call=list(call), error="", rows=rows_at)
         args.num_experts, args.hidden = call.num_experts, call.hidden
         args.max_tokens, args.num_topk = call.num_max_dispatch_tokens_per_rank, 1
+        args.inbox = self._window.inbox_at(epoch)
         if slots is not None:
             args.topk_idx, args.is_int64 = slots.address, slots.dtype == torch.int64
             args.num_tokens, args.num_topk = slots.shape
         if call.operation == DISPATCH:
             size = SlotBytes.of(call)
             args.x_bytes, args.scale_bytes, args.slot_bytes = size.x, size.scales, size.slot
-            args.slots = self._window.slots_at(epoch)
-            args.tags = self._window.tags_at(epoch, call)
+            args.slots, args.block_bytes = self._window.slots_at(epoch), size.block
+            args.outbox = self._window.outbox_at(epoch)
             if call.recipe is not None:
                 args.recipe = recipe_of(call.recipe)
         return args
@@ -283,6 +286,11 @@ class PackedCuda:
 
     def _launch(self, step: _cuda.PackedStep, args: _cuda.PackedArgs) -> None:
         self._device.launch(_cuda.plan_packed(step, args, self._num_sms))
+
+    def _post(self, args: _cuda.PackedArgs) -> None:
+        """Tell all ranks what was sent; what goes to those out of reach is sent here."""
+        self._launch(_cuda.PackedStep.post, args)
+        self._reach.launch_far(_cuda.plan_packed(_cuda.PackedStep.send, args, self._num_sms))
 
     def _check_limits(self, epoch: int, call: LowLatencyCall, topk_idx: Tensor) -> None:
         """Raise on every rank if this one's call exceeds its window or the kernels' limits."""
@@ -308,7 +316,7 @@ class PackedCuda:
         args.is_alone, args.operation = 1, len(LOW_LATENCY_OPERATIONS) - 1
         with self._device.on_stream():
             self._launch(_cuda.PackedStep.begin, args)
-            self._launch(_cuda.PackedStep.post, args)
+            self._post(args)
             self._finish(operation, args)
 
     def _receive(
@@ -350,6 +358,7 @@ class PackedCuda:
         """Launch a kernel that reports, and wait for its word."""
         self._ticket = args.ticket = self._ticket + 1 & _EPOCH_MASK
         self._launch(step, args)
+        self._reach.launch_far(_cuda.plan_packed(_cuda.PackedStep.tell, args, self._num_sms))
         patience = 3 * self._timeout + _HOST_GRACE  # begin and meet may wait before
         try:
             is_there = self._device.wait_for_word(self._report, self._ticket, patience)

@@ -1,6 +1,8 @@
 """Where the rows of low-latency calls are in the memory that each GPU shows its peers.
 
 A window has four places of one size: slots for two calls, taken in turn, and rows of two combines.
+Where some ranks are out of reach it has as many again: what leaves for them in two dispatches, and
+what comes from them in two combines.
 E experts, C the most tokens of a rank, H hidden.
 """
 
@@ -18,11 +20,16 @@ _NEVER = -2  # the call that used a place last, before any has
 
 @dataclass(frozen=True)
 class SlotBytes:
-    """Bytes of a row as it travels, of its scales, and of both with what aligns them."""
+    """Bytes of a row as it travels, of its scales, and of both with what aligns them.
+
+    Slots come in blocks of C, with 4 bytes each in front for the source's index; see `block_at` in
+    csrc/cuda/packed_slots.cuh.
+    """
 
     x: int
     scales: int
     slot: int
+    block: int
 
     @staticmethod
     def of(call: LowLatencyCall) -> "SlotBytes":
@@ -31,7 +38,8 @@ class SlotBytes:
         if call.recipe is not None:
             x = call.hidden
             scales = call.recipe.num_scales(call.hidden) * call.recipe.scale_dtype.itemsize
-        return SlotBytes(x, scales, (x + scales + 15) // 16 * 16)
+        slot, num_slots = (x + scales + 15) // 16 * 16, call.num_max_dispatch_tokens_per_rank
+        return SlotBytes(x, scales, slot, (4 * num_slots + 15) // 16 * 16 + num_slots * slot)
 
 
 @dataclass(eq=False)
@@ -51,12 +59,15 @@ class Window:
     """Which place is whose; the same sizes on all ranks.
 
     Args:
-        num_bytes: of the whole; what DeepEP's size hint says is enough.
+        num_bytes: of the first four places; what DeepEP's size hint says is enough.
+        is_far: whether some ranks are out of reach.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, is_far: bool = False) -> None:
         self.place_bytes = num_bytes // NUM_PLACES // _ALIGNMENT * _ALIGNMENT
-        self.num_bytes = NUM_PLACES * self.place_bytes
+        self.near_bytes = NUM_PLACES * self.place_bytes
+        self.num_bytes = self.near_bytes * (2 if is_far else 1)
+        self._is_far = is_far
         self._places = [Place(2 * self.place_bytes), Place(3 * self.place_bytes)]
         self._next: tuple[Place, Tensor] | None = None
         self._taken: dict[int, Place] = {}  # by address, until their combine is sent
@@ -65,19 +76,25 @@ class Window:
         """Return where the slots of a call begin."""
         return epoch % 2 * self.place_bytes
 
-    def tags_at(self, epoch: int, call: LowLatencyCall) -> int:
-        """Return where the source's indices of those slots begin."""
-        return self.slots_at(epoch) + SlotBytes.of(call).slot * _num_slots(call)
+    def outbox_at(self, epoch: int) -> int:
+        """Return where a dispatch lays out what leaves for ranks out of reach."""
+        return self.near_bytes * self._is_far + epoch % 2 * self.place_bytes
+
+    def inbox_at(self, epoch: int) -> int:
+        """Return where the rows of a combine come from ranks out of reach."""
+        return self.near_bytes * self._is_far + (2 + epoch % 2) * self.place_bytes
 
     def refusal(self, call: LowLatencyCall) -> str:
         """Return why a call does not fit; empty if it does."""
-        slot = SlotBytes.of(call).slot + 4 if call.operation == DISPATCH else 2 * call.hidden
-        needed = slot * _num_slots(call)
+        rows = call.num_max_dispatch_tokens_per_rank * 2 * call.hidden
+        needed = call.num_experts * (
+            SlotBytes.of(call).block if call.operation == DISPATCH else rows
+        )
         if needed <= self.place_bytes:
             return ""
         return (
             f"expected num_rdma_bytes of the Buffer to be at least {NUM_PLACES * needed}, got "
-            f"{self.num_bytes}; pass Buffer.get_low_latency_rdma_size_hint(...)"
+            f"{self.near_bytes}; pass Buffer.get_low_latency_rdma_size_hint(...)"
         )
 
     def free_place(self, pending: Collection[int], *, for_caller: bool = False) -> Place | None:
@@ -115,7 +132,3 @@ class Window:
     def taken_place(self, address: int) -> Place | None:
         """Return the place of a buffer that was taken, once; None for other memory."""
         return self._taken.pop(address, None)
-
-
-def _num_slots(call: LowLatencyCall) -> int:
-    return call.num_experts * call.num_max_dispatch_tokens_per_rank

@@ -1,7 +1,7 @@
 """Reads the PTX out of a built extension: nvcc's fat binaries, as they lie in the file.
 
 Each source has one: a header, then entries of machine code (kind 2) and PTX (kind 1), uncompressed
-because of `--no-compress`.
+because of `--no-compress`. Those of libraries that are linked in are compressed, and left out.
 """
 
 import struct
@@ -24,7 +24,7 @@ def embedded_ptx(extension: Path) -> list[str]:
         while at < end:
             kind, _, entry_bytes, data_bytes = _ENTRY.unpack_from(data, at)
             body = data[at + entry_bytes : at + entry_bytes + data_bytes]
-            if kind == _PTX:
+            if kind == _PTX and b".version" in body[:2000]:
                 found.append(body.rstrip(b"\0").decode())
             at += entry_bytes + data_bytes
         start = data.find(_MAGIC, end)

@@ -4,12 +4,18 @@ A put is a kernel of its own on a stream of its pair of ranks, the queue pair, w
 bell that the rank's own stream rings. So it reads its source and writes its target at any time
 between the bell and the end of what waits for its signal, in pieces, in the order of its queue pair
 alone, as the machine's seed wants it; and races and weak stores are seen as those of any kernel.
+
+Puts and signals that kernels start by themselves come on several queue pairs in turn: of two of
+them, either may be first.
 """
 
 import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,9 +37,12 @@ from tests.cuda.emulated import (
     _Table,
     shipped_ptx,
 )
+from tests.cuda.fatbin import embedded_ptx
 from tests.emulator.machine import Machine
 
 _QUEUE_PAIRS = 16  # the first of their streams
+_KERNELS_QUEUE_PAIRS = 1000  # of puts that kernels start
+_PAIRS_PER_PEER = 3
 _CARD = """.version 8.0
 .target sm_90
 .address_size 64
@@ -84,6 +93,25 @@ done:
 """
 
 
+@cache
+def far_ptx() -> list[str]:
+    """Return the PTX of `_nvshmem` that holds our kernels, and nothing of NVSHMEM."""
+    path = import_module("ep_megatron._nvshmem").__file__
+    assert path is not None
+    return [ptx for ptx in embedded_ptx(Path(path)) if ".entry ep_packed_" in ptx]
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """See `Launch`."""
+
+    kernel: str
+    grid: int
+    block: int
+    params: bytes
+    shared_bytes: int = 0
+
+
 @dataclass
 class Fabric:
     """Which memory is whose, for all ranks of a machine."""
@@ -130,7 +158,7 @@ class EmulatedNvshmem:
         self._regions: list[tuple[list[int], int]] = []
         self._world: tuple[bytes, int, int] | None = None
         self._bell = device.allocate(4)
-        self.num_puts = 0
+        self.num_puts = self._num_from_kernels = 0
 
     def version(self) -> str:
         return "0.0.0"
@@ -151,6 +179,30 @@ class EmulatedNvshmem:
         assert len({text.split()[1] for text in texts}) == 1, "not symmetric"
         self._regions.append(([int(text.split()[0]) for text in texts], num_bytes))
         return address
+
+    def peer_address(self, address: int, peer: int) -> int:
+        nodes = self._device.fabric.nodes
+        is_near = nodes.host_of[peer] == nodes.host_of[self._meeting.rank]
+        return self._at(peer, address, 1) if is_near else 0
+
+    def launch(self, kernel: str, grid: int, block: int, params: bytes, stream: int) -> None:
+        assert stream == self._device.stream
+        self._device.launch(_Launch(kernel, grid, block, params))
+
+    def put_from_kernel(
+        self, target: int, source: int, num_bytes: int, signal: int, value: int, peer: int
+    ) -> None:
+        """Copy (nothing, where it is only a signal) and then signal, by some queue pair."""
+        machine, rank = self._machine, self._meeting.rank
+        assert num_bytes % 16 == source % 16 == target % 16 == signal % 8 == 0
+        if num_bytes:
+            self._at(rank, source, num_bytes)
+            target = self._at(peer, target, num_bytes)
+        there = self._at(peer, signal, 8)
+        params = machine.pack("nic_put", self._bell, 0, source, target, num_bytes, there, value)
+        self._num_from_kernels += 1
+        pair = _PAIRS_PER_PEER * peer + self._num_from_kernels % _PAIRS_PER_PEER
+        machine.launch(rank, "nic_put", 1, 32, 0, params, _KERNELS_QUEUE_PAIRS + pair)
 
     def put_signal(
         self,
@@ -188,6 +240,21 @@ class EmulatedNvshmem:
             if offset >= 0 and offset + num_bytes <= size:
                 return addresses[peer] + offset
         raise AssertionError("put: expected memory of the network")
+
+
+def serve_kernels(machine: Machine, natives: Sequence[EmulatedNvshmem]) -> None:
+    """Let kernels put and signal by the cards of their ranks."""
+
+    def put(rank: int, lane: int, arguments: tuple[int, ...]) -> None:
+        if lane == 0:
+            natives[rank].put_from_kernel(*arguments)
+
+    def signal(rank: int, lane: int, arguments: tuple[int, int, int]) -> None:
+        address, value, peer = arguments
+        natives[rank].put_from_kernel(0, 0, 0, address, value, peer)
+
+    machine.on_call("ep_put_signal", put)
+    machine.on_call("ep_signal", signal)
 
 
 class Nodes(Ranks):
@@ -232,11 +299,13 @@ class Nodes(Ranks):
             device, meeting = devices[rank], ThreadMeeting(rank, whole)
             table = inside[hosts.host_of[rank]]
             backend = CudaBackend(ThreadMeeting(hosts.index_of[rank], table), device, config)
-            native = EmulatedNvshmem(self.machine, device, meeting)
+            native = natives[rank] = EmulatedNvshmem(self.machine, device, meeting)
             network = NvshmemNetwork(meeting, rank, device.stream, lambda: native)
             return CudaNodesBackend(meeting, backend, device, network, config, layout)
 
+        natives: dict[int, EmulatedNvshmem] = {}
         self.backends = self._on_threads(make)
+        serve_kernels(self.machine, [natives[rank] for rank in range(num_ranks)])
         self.references = [ThreadReference(rank, self._tables[1]) for rank in range(num_ranks)]
 
 

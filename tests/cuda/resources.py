@@ -23,7 +23,12 @@ _ACCESS = re.compile(r"\b(ld|st)((?:\.[a-z]+)*?)\.(global|shared|local)((?:\.v\d
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    """Return the sources of our kernels; what calls into NVSHMEM is linked later."""
+    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "nvshmem" / "send.cu"]
+
+
+def flags_of(source: Path) -> tuple[str, ...]:
+    return (*FLAGS, "-rdc=true") if source.parent.name == "nvshmem" else FLAGS
 
 
 def find_nvcc() -> str | None:
@@ -41,7 +46,7 @@ def compile_to_ptx(nvcc: str, source: Path) -> str:
         subprocess.run(
             [
                 nvcc,
-                *FLAGS[:-1],
+                *(flag for flag in flags_of(source) if flag != "-Xptxas=-v"),
                 "-arch=compute_90a",
                 "-ptx",
                 "-o",
@@ -56,7 +61,7 @@ def compile_to_ptx(nvcc: str, source: Path) -> str:
 
 def _ptxas_report(nvcc: str, source: Path, architecture: str) -> str:
     done = subprocess.run(
-        [nvcc, *FLAGS, f"-arch={architecture}", "-cubin", "-o", os.devnull, source],
+        [nvcc, *flags_of(source), f"-arch={architecture}", "-cubin", "-o", os.devnull, source],
         cwd=ROOT,
         check=True,
         capture_output=True,

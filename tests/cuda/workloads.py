@@ -17,7 +17,7 @@ from ep_megatron import _cuda
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.config import BufferConfig
-from tests.cuda.buffers import Buffers
+from tests.cuda.buffers import Buffers, NodeBuffers
 from tests.cuda.emulated import Ranks, shipped_ptx
 from tests.cuda.nic import Nodes
 from tests.routing import Case
@@ -147,6 +147,14 @@ def _but_races(reports: Reports) -> Reports:
     return [(kind, text) for kind, text in reports if kind != "race"]
 
 
+def packed_far(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls between three ranks of two nodes, out of step."""
+    buffers = NodeBuffers("ABA", seed, mode, kernels=kernels)
+    buffers.call(lambda rank, buffer: check_steps_of(rank, buffer, 4))
+    reports: Reports = buffers.machine.report()
+    return reports
+
+
 def packed_refused(kernels: list[str], seed: int, mode: str) -> Reports:
     """Calls that all ranks refuse, for values: of indices, of a layout."""
     return _called(Buffers(2, seed, mode, kernels=kernels), bad_handles)
@@ -229,6 +237,7 @@ WORKLOADS: dict[str, list[Callable[[list[str], int, str], Reports]]] = {
     "ep_packed_": [
         packed_steps,
         packed_hooks,
+        packed_far,
         packed_masked,
         packed_refused,
         packed_disagreed,

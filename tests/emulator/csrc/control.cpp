@@ -64,7 +64,13 @@ Outcome call(Step& step, const Instruction& instruction) {
         arguments.arguments.emplace_back();
         std::copy_n(step.source(instruction, i), kLanes, arguments.arguments.back().begin());
     }
-    step.machine.intrinsic(name)(arguments);
+    // What it starts, a card or the like, comes after what the lanes have done: a release.
+    Knowledge knowledge;
+    if (step.machine.races()) knowledge = step.machine.races()->publish(step.warp, step.active);
+    if (step.machine.store_buffers())
+        step.machine.store_buffers()->release(step.warp, step.active, Scope::kSys);
+    step.machine.call_intrinsic(name, arguments, knowledge);
+    if (step.machine.races()) step.machine.races()->tick(step.warp);
     if (instruction.num_destinations > 0) {
         u64* d = step.destination(instruction, 0);
         for_lanes(step.active, [&](int lane) { d[lane] = arguments.result[size_t(lane)]; });

@@ -144,7 +144,7 @@ void Machine::launch(int rank,
     launch->parameters = std::move(parameters);
     launch->counts = &counts_[kernel];
     ++launch->counts->launches;
-    if (races_) launch->knowledge = races_->host(rank);
+    if (races_) launch->knowledge = is_inside_call() ? *caller_ : races_->host(rank);
     streams_[{rank, stream}].push_back(std::move(launch));
     made_progress();
     changed_.notify_all();
@@ -160,11 +160,19 @@ void Machine::set_intrinsic(const std::string& name, Intrinsic intrinsic) {
     intrinsics_[name] = std::move(intrinsic);
 }
 
-const Intrinsic& Machine::intrinsic(const std::string& name) const {
+void Machine::call_intrinsic(const std::string& name, Call& call, const Knowledge& knowledge) {
     const auto found = intrinsics_.find(name);
     if (found == intrinsics_.end())
         throw Fault("call: expected an intrinsic for '" + name + "'; register one with on_call");
-    return found->second;
+    caller_ = &knowledge;
+    calling_thread_ = std::this_thread::get_id();
+    try {
+        found->second(call);
+    } catch (...) {
+        calling_thread_ = std::thread::id();
+        throw;
+    }
+    calling_thread_ = std::thread::id();
 }
 
 bool Machine::is_idle(int rank, int stream) const {

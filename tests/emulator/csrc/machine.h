@@ -213,7 +213,8 @@ class Machine {
     void check_barrier(Cta& cta, u32 number);
     std::string where(const Warp& warp, int lane, const Instruction& instruction) const;
     std::string describe(i32 site) const;
-    const Intrinsic& intrinsic(const std::string& name) const;
+    /// Inside, launches may be made: they come after `knowledge`, and what their rank did before.
+    void call_intrinsic(const std::string& name, Call& call, const Knowledge& knowledge);
     bool tracks_proxy() const { return tracks_proxy_; }
     u64 global_variable(int rank, const std::string& name) const {
         return variables_.at({rank, name});
@@ -267,6 +268,7 @@ class Machine {
     class HostLock {
      public:
         explicit HostLock(const Machine& machine) : lock_(machine.mutex_, std::defer_lock) {
+            if (machine.is_inside_call()) return;  // by the thread that holds the mutex
             ++machine.num_hosts_calling_;
             lock_.lock();
             --machine.num_hosts_calling_;
@@ -279,6 +281,7 @@ class Machine {
         while (num_hosts_calling_ > 0) std::this_thread::yield();
     }
     void drive(int rank, const Predicate& done);
+    bool is_inside_call() const { return calling_thread_.load() == std::this_thread::get_id(); }
 
     const int num_ranks_;
     const Options options_;
@@ -291,6 +294,8 @@ class Machine {
     std::map<std::pair<int, std::string>, u64> variables_;
     std::vector<Site> sites_;
     std::map<std::string, Intrinsic> intrinsics_;
+    const Knowledge* caller_ = nullptr;  // of the intrinsic that runs, by the thread that executes
+    std::atomic<std::thread::id> calling_thread_;
     std::map<std::pair<int, int>, Queue> streams_;  // (rank, stream) -> launches in order
     std::vector<std::unique_ptr<Launch>> retired_;
     std::vector<Warp*> runnable_;
