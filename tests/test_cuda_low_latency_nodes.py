@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("ep_megatron._nvshmem", reason="built without NVSHMEM")
 
 from ep_megatron import Buffer
+from tests.cuda import nic
 from tests.cuda.buffers import NodeBuffers
 from tests.cuda.far import LAYOUTS, run
 from tests.cuda.nic import far_ptx
@@ -159,6 +160,18 @@ def test_our_kernels_and_nothing_of_nvshmem_is_emulated() -> None:
 
 
 # -- the emulated network -------------------------------------------------------------------------
+
+COPY, SIGNAL = nic._CARD.index("copy:"), "    st.release.sys.global.u64 [%rd5], %rd9;\n"
+
+
+def test_a_card_that_signals_before_its_data_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one order that is relied on is relied on."""
+    card = nic._CARD[:COPY] + SIGNAL + nic._CARD[COPY:].replace(SIGNAL, "")
+    assert card.count(SIGNAL) == 1
+    monkeypatch.setattr(nic, "_CARD", card)
+    with pytest.raises(AssertionError, match="race"):
+        run("AABB", "race", 0)
+
 
 LITMUS = """.version 8.0
 .target sm_90

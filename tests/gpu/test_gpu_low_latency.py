@@ -1,6 +1,7 @@
 """Low-latency calls on real GPUs do what their definition says, bit for bit. See README.md."""
 
 import functools
+import importlib.util
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ pytestmark = [
 
 
 @functools.cache
-def buffer_of(rank: int) -> Buffer:
+def buffer_of(rank: int, layout: str) -> Buffer:
+    """Return a Buffer of ranks on one host, or on those that `layout` names, a letter each."""
     assert dist.group.WORLD is not None
     torch.cuda.set_device(rank % torch.cuda.device_count())
-    config = BufferConfig(backend="cuda", timeout=30)
+    host_id = layout[rank] if layout else None
+    config = BufferConfig(backend="cuda", timeout=30, host_id=host_id)
     return Buffer(dist.group.WORLD, 0, 64 << 20, low_latency_mode=True, config=config)
 
 
@@ -34,8 +37,8 @@ def on_cpu(found: Any) -> Any:
     return found.cpu() if isinstance(found, Tensor) else found
 
 
-def check(rank: int, cases: list[PackedCase], with_hook: bool) -> None:
-    buffer = buffer_of(rank)
+def check(rank: int, cases: list[PackedCase], with_hook: bool, layout: str = "") -> None:
+    buffer = buffer_of(rank, layout)
     for step, case in enumerate(cases):
         idx = case.topk_idx(rank, step).cuda()
         for kind, recipe in RECIPES.items():
@@ -74,3 +77,15 @@ def check(rank: int, cases: list[PackedCase], with_hook: bool) -> None:
 def test_rows_and_sums_are_those_of_the_definition(num_ranks: int, with_hook: bool) -> None:
     cases = [case for case in CASES.values() if case.num_ranks == num_ranks]
     run_on_ranks(num_ranks, check, cases, with_hook)
+
+
+@pytest.mark.parametrize("with_hook", [False, True], ids=["at once", "hook"])
+@pytest.mark.parametrize("layout", ["AB", "AABB"])
+def test_rows_cross_by_nvshmem(layout: str, with_hook: bool) -> None:
+    """The GPUs of one machine play two hosts; a process is in one NVSHMEM world."""
+    if torch.cuda.device_count() < len(layout):
+        pytest.skip(f"needs {len(layout)} CUDA GPUs")
+    if importlib.util.find_spec("ep_megatron._nvshmem") is None:
+        pytest.skip("built without NVSHMEM")
+    case = PackedCase((6, 0, 8, 3)[: len(layout)], num_topk=4, hidden=512)
+    run_on_ranks(len(layout), check, [case], with_hook, layout)
