@@ -1,5 +1,7 @@
 """The emulated machine: warps, barriers, atomics, streams, host threads, time, and misuse."""
 
+import itertools
+import random
 import threading
 from typing import Any
 
@@ -400,3 +402,48 @@ def test_counts_of_bytes_and_instructions() -> None:
     assert counts["peer_written"] == counts["global_written"] == 128
     assert counts["peer_read"] == counts["global_read"] == 128
     assert machine.kernels()["k"]["opcodes"]["st.global.u32"] == 2
+
+
+PIECES = {
+    1: ("u8", "%r1"),
+    2: ("u16", "%r1"),
+    4: ("u32", "%r1"),
+    8: ("u64", "%d9"),
+    16: ("v4.u32", "{%r1, %r2, %r3, %r4}"),
+}
+
+
+def drawn_access(rng: random.Random, writes: float) -> tuple[str, range, bool]:
+    """Return an instruction, the bytes of `out` that it accesses, and whether it writes."""
+    width, is_write = rng.choice(list(PIECES)), rng.random() < writes
+    begin = rng.randrange(48 // width) * width
+    kind, value = PIECES[width]
+    text = f"st.global.{kind} [%d0+{begin}], {value};"
+    if not is_write:
+        text = f"ld.global.{kind} {value}, [%d0+{begin}];"
+    return text, range(begin, begin + width), is_write
+
+
+def test_a_race_is_seen_exactly_where_bytes_overlap() -> None:
+    """Accesses of all widths by three warps that nothing orders, after some that all know of."""
+    rng = random.Random(0)
+    num_found = [0, 0]
+    for seed in range(150):
+        past = "".join(drawn_access(rng, 0.5)[0] for _ in range(rng.randrange(4)))
+        drawn = [[drawn_access(rng, 0.2) for _ in range(rng.randrange(1, 4))] for _ in range(3)]
+        body = f"""mov.u64 %d9, 0; mov.u32 %r1, 0; mov.u32 %r2, 0; mov.u32 %r3, 0; mov.u32 %r4, 0;
+        setp.ne.u32 %p0, %r0, 0; @%p0 bra all; {past} all: bar.sync 0;
+        rem.u32 %r9, %r0, 32; setp.ne.u32 %p0, %r9, 0; @%p0 bra end; shr.u32 %r8, %r0, 5;"""
+        for warp, accesses in enumerate(drawn):
+            texts = "".join(text for text, _, _ in accesses)
+            body += f"setp.ne.u32 %p1, %r8, {warp}; @%p1 bra not{warp}; {texts} not{warp}:"
+        is_expected = any(
+            set(bytes_a) & set(bytes_b) and (writes_a or writes_b)
+            for one, two in itertools.combinations(drawn, 2)
+            for (_, bytes_a, writes_a), (_, bytes_b, writes_b) in itertools.product(one, two)
+        )
+        _, machine = run(kernel(body + "end:"), block=96, seed=seed, mode="race")
+        kinds = {kind for kind, _ in machine.report()}
+        assert kinds == ({"race"} if is_expected else set()), body
+        num_found[is_expected] += 1
+    assert min(num_found) > 30

@@ -13,17 +13,27 @@ struct Access {
     u32 lanes = 0;  // 0: no access
     u32 time = 0;
     i32 site = 0;
+    u16 bytes = 0;    // which of the line's
     u8 strength = 0;  // 0 weak, else 1 + scope
-    u8 bytes = 0;     // which bytes of the cell
     bool is_write = false;
     bool is_async = false;  // by the async proxy
 };
 
-/// The shadow of four bytes.
+/// What has been done to some bytes of a line.
 struct Cell {
     Access write, read;
     i32 more = -1;  // further accesses that are not ordered with these; index into a pool
 };
+
+/// The shadow of sixteen bytes. Rows move by lines, so one cell mostly does for all of them; what
+/// is accessed in smaller pieces has a cell for every four bytes, until a whole line is written.
+struct Line {
+    Cell whole;
+    i32 words = -1;  // four cells; index into a pool
+    bool is_split = false;
+};
+
+constexpr u64 kLineBytes = 16;
 
 /// Something an acquire of the location can synchronise with.
 struct Message {
@@ -39,7 +49,7 @@ struct Free {
 using Bytes = std::unique_ptr<u8[], Free>;
 
 struct Region {
-    static constexpr u64 kCellsPerPage = 1024;
+    static constexpr u64 kLinesPerPage = 256;
 
     u64 address = 0;  // 0-based for shared memory
     u64 num_bytes = 0;
@@ -50,15 +60,15 @@ struct Region {
     std::string name;
     Bytes data;
     Bytes written;  // 1 where something has been written
-    std::vector<std::unique_ptr<Cell[]>> shadow;
+    std::vector<std::unique_ptr<Line[]>> shadow;
     std::unordered_map<u64, std::vector<Message>> messages;  // by offset
 
     Region(u64 address_, u64 num_bytes_, int rank_);
-    Cell& cell(u64 index) {
-        if (shadow.empty()) shadow.resize(num_bytes / 4 / kCellsPerPage + 1);
-        auto& page = shadow[index / kCellsPerPage];
-        if (!page) page = std::make_unique<Cell[]>(kCellsPerPage);
-        return page[index % kCellsPerPage];
+    Line& line(u64 index) {
+        if (shadow.empty()) shadow.resize(num_bytes / kLineBytes / kLinesPerPage + 1);
+        auto& page = shadow[index / kLinesPerPage];
+        if (!page) page = std::make_unique<Line[]>(kLinesPerPage);
+        return page[index % kLinesPerPage];
     }
     bool contains(u64 at, u64 count) const {
         return at >= address && at - address <= num_bytes && count <= num_bytes - (at - address);

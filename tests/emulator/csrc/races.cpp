@@ -1,17 +1,12 @@
 #include "races.h"
 
-#include <cstring>
 #include <sstream>
 
 namespace ptx {
 namespace {
 
 constexpr size_t kMostRemembered = 128;  // accesses per cell beyond the last read and write
-
-bool is_equal(const Access& a, const Access& b) {
-    static_assert(std::has_unique_object_representations_v<Access>);
-    return std::memcmp(&a, &b, sizeof a) == 0;
-}
+constexpr u32 kWholeLine = 0xffff;
 
 std::string name_of(int device) {
     return device < 0 ? "the host of rank " + std::to_string(host_of(device))
@@ -82,7 +77,7 @@ void Races::complain(const char* kind,
                      const Access& now,
                      const Agent& agent,
                      const Region& region,
-                     u64 cell) {
+                     u64 line) {
     const Slot& other = slots_[old.slot];
     const std::string pair = std::to_string(std::min(old.site, now.site)) + "/" +
                              std::to_string(std::max(old.site, now.site));
@@ -91,7 +86,8 @@ void Races::complain(const char* kind,
          << " by " << name_of(agent.device) << " (" << machine_.describe(now.site) << ") and "
          << (old.is_write ? "write" : "read") << (old.is_async ? " of the async proxy" : "")
          << " by " << name_of(other.device) << " (" << machine_.describe(old.site) << ") at byte "
-         << cell * 4 << " of '" << region.name << "' ";
+         << line * kLineBytes + u64(std::countr_zero(u32(old.bytes & now.bytes))) << " of '"
+         << region.name << "' ";
     if (std::string(kind) == "proxy")
         text << "have no fence.proxy.async between them";
     else
@@ -101,29 +97,29 @@ void Races::complain(const char* kind,
     machine_.report(kind, std::string(kind) + pair, text.str());
 }
 
-bool Races::conflicts(
-    const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell) {
-    if (!old.lanes || !(old.bytes & now.bytes) || !(old.is_write || now.is_write)) return false;
+/// Complain unless these are ordered, or strong enough for each other.
+void Races::compare(
+    const Access& old, const Access& now, const Agent& agent, const Region& region, u64 line) {
+    if (!old.lanes || !(old.bytes & now.bytes) || !(old.is_write || now.is_write)) return;
     const u32 others = old.slot == now.slot ? old.lanes & ~now.lanes : old.lanes;
-    if (!others) return false;
+    if (!others) return;
     if (agent.knowledge->seen->covers(old.slot, others, old.time)) {
         // Between the proxies, an order needs a proxy fence as well, unless the older one only
         // read.
-        if (!now.is_async || old.is_async || !old.is_write) return false;
+        if (!now.is_async || old.is_async || !old.is_write) return;
         if (agent.knowledge->proxied &&
             agent.knowledge->proxied->covers(old.slot, others, old.time))
-            return false;
-        complain("proxy", old, now, agent, region, cell);
-        return true;
+            return;
+        complain("proxy", old, now, agent, region, line);
+        return;
     }
     if (old.strength && now.strength) {
         const Slot& other = slots_[old.slot];
         if (includes(Scope(old.strength - 1), other.cta, other.device, agent.cta, agent.device) &&
             includes(Scope(now.strength - 1), agent.cta, agent.device, other.cta, other.device))
-            return false;
+            return;
     }
-    complain("race", old, now, agent, region, cell);
-    return true;
+    complain("race", old, now, agent, region, line);
 }
 
 void Races::remember(Cell& cell, const Access& access) {
@@ -171,6 +167,39 @@ void Races::record_write(Cell& cell, const Access& now) {
                       [&](const Access& old) { return (old.bytes & ~now.bytes) == 0; });
 }
 
+void Races::access_cell(
+    Cell& cell, const Access& now, const Agent& agent, Region& region, u64 line) {
+    compare(cell.write, now, agent, region, line);
+    if (now.is_write) compare(cell.read, now, agent, region, line);
+    if (cell.more >= 0)
+        for (const Access& old : more_[size_t(cell.more)]) compare(old, now, agent, region, line);
+    if (now.is_write)
+        record_write(cell, now);
+    else
+        record_read(cell, now, agent);
+}
+
+/// From now on, remember every four bytes for themselves.
+void Races::split(Line& line) {
+    if (line.words < 0) {
+        line.words = i32(words_.size());
+        words_.emplace_back();
+    }
+    for (u32 word = 0; word < 4; ++word) {
+        const auto part = [&](Access access) {
+            access.bytes &= u16(0xf << 4 * word);
+            return access.bytes ? access : Access{};
+        };
+        Cell& cell = words_[size_t(line.words)][word];
+        cell.write = part(line.whole.write), cell.read = part(line.whole.read);
+        if (line.whole.more >= 0)
+            for (const Access& old : std::vector(more_[size_t(line.whole.more)]))
+                if (part(old).lanes) remember(cell, part(old));
+    }
+    if (line.whole.more >= 0) more_[size_t(line.whole.more)].clear();
+    line.is_split = true;
+}
+
 void Races::access(const Agent& agent,
                    Region& region,
                    u64 offset,
@@ -179,38 +208,33 @@ void Races::access(const Agent& agent,
                    Order order,
                    Scope scope,
                    i32 site) {
-    Access now{agent.slot,
-               1u << agent.lane,
-               agent.time,
-               site,
-               u8(order == Order::kWeak ? 0 : 1 + int(scope)),
-               0,
-               is_write,
-               agent.is_async};
-    Cell checked;  // a cell's past that has been compared with this access; empty ones need not be
-    for (u64 index = offset / 4; index * 4 < offset + count; ++index) {
-        const u64 begin = std::max(offset, index * 4),
-                  end = std::min(offset + count, index * 4 + 4);
-        const u8 bytes = u8(((1u << (end - begin)) - 1) << (begin - index * 4));
-        if (bytes != now.bytes) checked = {};
-        now.bytes = bytes;
-        Cell& cell = region.cell(index);
-        // Neighbouring cells mostly have the same past, which need be looked at once.
-        if (!is_equal(cell.write, checked.write)) {
-            conflicts(cell.write, now, agent, region, index);
-            checked.write = cell.write;
+    Access now{agent.slot, 1u << agent.lane,
+               agent.time, site,
+               0,          u8(order == Order::kWeak ? 0 : 1 + int(scope)),
+               is_write,   agent.is_async};
+    for (u64 index = offset / kLineBytes; index * kLineBytes < offset + count; ++index) {
+        const u64 start = index * kLineBytes;
+        const u64 begin = std::max(offset, start),
+                  end = std::min(offset + count, start + kLineBytes);
+        const u32 bytes = ((1u << (end - begin)) - 1) << (begin - start);
+        Line& line = region.line(index);
+        if (bytes != kWholeLine && !line.is_split) split(line);
+        now.bytes = u16(bytes);
+        if (!line.is_split) {
+            access_cell(line.whole, now, agent, region, index);
+            continue;
         }
-        if (is_write && !is_equal(cell.read, checked.read)) {
-            conflicts(cell.read, now, agent, region, index);
-            checked.read = cell.read;
+        std::array<Cell, 4>& words = words_[size_t(line.words)];
+        for (u32 word = 0; word < 4; ++word) {
+            now.bytes = u16(bytes & 0xf << 4 * word);
+            if (now.bytes) access_cell(words[word], now, agent, region, index);
         }
-        if (cell.more >= 0)
-            for (const Access& old : more_[size_t(cell.more)])
-                conflicts(old, now, agent, region, index);
-        if (is_write)
-            record_write(cell, now);
-        else
-            record_read(cell, now, agent);
+        if (!is_write || bytes != kWholeLine) continue;
+        // The words' past has been compared with this write; whoever comes later is compared with
+        // it alone.
+        now.bytes = kWholeLine;
+        line.whole.write = now, line.whole.read = {};
+        line.is_split = false;
     }
 }
 

@@ -78,8 +78,10 @@ class Races {
         return device == other_device && (scope == Scope::kGpu || cta == other_cta);
     }
     u32 slot_of(const Launch& launch, u64 number);
-    bool conflicts(
-        const Access& old, const Access& now, const Agent& agent, Region& region, u64 cell);
+    void compare(
+        const Access& old, const Access& now, const Agent& agent, const Region& region, u64 line);
+    void access_cell(Cell& cell, const Access& now, const Agent& agent, Region& region, u64 line);
+    void split(Line& line);
     void record_read(Cell& cell, const Access& now, const Agent& agent);
     void record_write(Cell& cell, const Access& now);
     void remember(Cell& cell, const Access& access);
@@ -88,13 +90,14 @@ class Races {
                   const Access& now,
                   const Agent& agent,
                   const Region& region,
-                  u64 cell);
+                  u64 line);
 
     Machine& machine_;
     std::vector<Slot> slots_;
     std::map<std::tuple<int, int, u64>, u32> slot_numbers_;
     std::vector<Knowledge> hosts_;
     std::vector<std::vector<Access>> more_;
+    std::deque<std::array<Cell, 4>> words_;
 };
 
 }  // namespace ptx
