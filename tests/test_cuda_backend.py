@@ -20,6 +20,7 @@ from tests.test_hierarchical import node_sums
 
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
+from tests.cuda.calls import RECIPES as DRAWN_RECIPES
 from tests.cuda.emulated import NUM_SMS, Ranks
 from tests.cuda.nic import gathered
 
@@ -37,6 +38,7 @@ def same(mine: Tensor | None, other: Tensor | None) -> None:
     if mine is not None and other is not None:
         assert mine.dtype == other.dtype
         assert mine.shape == other.shape
+        mine, other = (t.clone(memory_format=torch.contiguous_format) for t in (mine, other))
         assert torch.equal(bits(mine), bits(other))
 
 
@@ -139,7 +141,7 @@ def check_reduced(backend: Backend, reference: Backend, case: Case, dtype: torch
         everyone = gathered(reference, rows.x)
         for used in ([], biases):
             out, out_weights = backend.combine(rows, handle, used)
-            same(out, node_sums("ABC"[: case.num_ranks], other_handle, everyone, used, dtype))
+            same(out, node_sums("ABCDEFGH"[: case.num_ranks], other_handle, everyone, used, dtype))
             same(out_weights, reference.combine(other, other_handle)[1])
 
 
@@ -177,6 +179,15 @@ def test_rows_are_cast_on_their_way(recipe: Fp8Recipe) -> None:
     ranks = Ranks(case.num_ranks)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         ranks.run(check_fp8, case, recipe, dtype)
+    no_report(ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+def test_every_cast_reaches_every_number_of_ranks(num_ranks: int) -> None:
+    case = Case("cast", (6, 7, 0, 5, 4, 9, 1, 8)[:num_ranks], hidden=512, alignment=4)
+    ranks = Ranks(num_ranks)
+    for recipe in DRAWN_RECIPES:
+        ranks.run(check_fp8, case, recipe, torch.bfloat16)
     no_report(ranks)
 
 

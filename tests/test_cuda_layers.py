@@ -1,6 +1,6 @@
 """`Buffer` and autograd over emulated GPUs: the bits of the process group, for all shapes.
 
-More interleavings: `python -m tests.cuda.layers --seeds 20`.
+More interleavings: `python -m tests.cuda.interleavings --seeds 20`.
 """
 
 import pytest

@@ -1,6 +1,9 @@
 """Litmus tests: the emulator produces only what the PTX memory model allows, and reports a race
 exactly when some execution has one."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.emulator.litmus import Op, Program, Thread, emulate, explore
@@ -264,3 +267,13 @@ def test_weak_mode_shows_what_only_weak_memory_does() -> None:
 )
 def test_the_checker_knows_the_classics(name: str, bad: tuple[int, ...], is_allowed: bool) -> None:
     assert (bad in explore(PROGRAMS[name]).results) == is_allowed
+
+
+def test_the_programs_that_the_documentation_names_are_there() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    table = text.split("### Litmus tests")[1].split("##")[0]
+    names = [
+        name for row in re.findall(r"^\|.*$", table, re.M) for name in re.findall("`(.*?)`", row)
+    ]
+    assert len(names) > 10
+    assert not set(names) - set(PROGRAMS)

@@ -2,15 +2,8 @@
 
 Everything is computed twice, by Buffers over the CUDA backend and over the process group between
 the same threads, and all bits must be equal: outputs, received rows and gradients.
-
-`python -m tests.cuda.layers --seeds 20` does that for every routing, in race and in weak mode, one
-interleaving per seed, and prints what it did; it fails where anything differs or is reported.
 """
 
-import argparse
-import itertools
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -189,33 +182,3 @@ def run(case: Case, seed: int, mode: str, forms: Sequence[Form] = FORMS) -> int:
     num_same: int = sum(run_with_buffers(ranks, check, case, forms))
     assert ranks.machine.report() == [], f"{case.name}, {mode}, seed {seed}"
     return num_same
-
-
-def main() -> None:
-    """Run every routing with many interleavings."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--seeds", type=int, default=20, help="interleavings of each routing")
-    parser.add_argument("--ranks", type=int, nargs="*", help="only routings of these many ranks")
-    args = parser.parse_args()
-    failed = False
-    for mode, case in itertools.product(("race", "weak"), SMALL):
-        if args.ranks and case.num_ranks not in args.ranks:
-            continue
-        begin, num_same = time.monotonic(), 0
-        try:
-            for seed in range(args.seeds):
-                num_same += run(case, seed, mode)
-            outcome = "no difference, no report"
-        except (AssertionError, RuntimeError, ValueError) as error:
-            outcome, failed = f"FAILED: {error}", True
-        seconds = time.monotonic() - begin
-        print(
-            f"{mode} EP {case.num_ranks} {case.name}: {num_same} tensors over {args.seeds} seeds, "
-            f"{outcome} ({seconds:.0f} s)",
-            flush=True,
-        )
-    sys.exit(failed)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 8 -m tests.gpu.bench [--num-tokens 4096] [--hidden 7168] ...
 
+or on several nodes, as README.md says.
+
 One process per GPU. Implementations take turns in one run; each line is the median and the range
 over rounds of the slowest rank's time, by CUDA events. This file has not run on hardware yet.
 """
@@ -63,20 +65,23 @@ def theirs(x: Tensor, topk_idx: Tensor, weights: Tensor, num_experts: int) -> di
     except ImportError:
         return {}
     num_ranks, hidden_bytes = dist.get_world_size(), x.shape[1] * x.element_size()
-    sizes = [
-        config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)
-        for config in (
-            deep_ep.Buffer.get_dispatch_config(num_ranks),
-            deep_ep.Buffer.get_combine_config(num_ranks),
-        )
-    ]
-    buffer = deep_ep.Buffer(dist.group.WORLD, max(sizes), 0)
+    configs = (
+        deep_ep.Buffer.get_dispatch_config(num_ranks),
+        deep_ep.Buffer.get_combine_config(num_ranks),
+    )
+    sizes = [config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs]
+    rdma_sizes = [0]
+    if num_ranks > int(os.environ["LOCAL_WORLD_SIZE"]):
+        rdma_sizes = [c.get_rdma_buffer_size_hint(hidden_bytes, num_ranks) for c in configs]
+    buffer = deep_ep.Buffer(dist.group.WORLD, max(sizes), max(rdma_sizes))
 
     def dispatch() -> Any:
-        per_rank, _, per_expert, is_in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+        layout = buffer.get_dispatch_layout(topk_idx, num_experts)
+        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = layout
         return buffer.dispatch(
             x,
             num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
             is_token_in_rank=is_in_rank,
             num_tokens_per_expert=per_expert,
             topk_idx=topk_idx,
