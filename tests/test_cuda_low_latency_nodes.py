@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("ep_megatron._nvshmem", reason="built without NVSHMEM")
 
 from ep_megatron import Buffer
+from tests.cuda import buffers as buffers_of_nodes
 from tests.cuda import nic
 from tests.cuda.buffers import NodeBuffers
 from tests.cuda.far import LAYOUTS, run
@@ -160,6 +161,50 @@ def test_our_kernels_and_nothing_of_nvshmem_is_emulated() -> None:
 
 
 # -- the emulated network -------------------------------------------------------------------------
+
+CALL = re.compile(r"call\.uni\s+(ep_\w+),\s+\([^)]*\)\s*;")
+
+
+def some_calls(rank: int, buffer: Buffer, all_meet: Meet) -> None:
+    """Three steps; and masks, by which a rank is taken back."""
+    for number in range(3):
+        all_meet()
+        step(buffer, rank, number)
+    assert mask_by_hand(rank, buffer, all_meet) == [[0, 1, 0], [1, 0, 1], [0, 1, 0]][rank]
+
+
+def test_no_call_of_the_network_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    (ptx,) = far_ptx()
+    calls = list(CALL.finditer(ptx))
+    assert len(calls) == ptx.count("call.uni")
+    unnoticed = []
+    for call in calls:
+        less = ptx[: call.start()] + ptx[call.end() :]
+        monkeypatch.setattr(buffers_of_nodes, "far_ptx", lambda less=less: [less])
+        nodes = NodeBuffers("ABA", timeout=TIMEOUT, enable_shrink=True)
+        barrier = threading.Barrier(3)
+        try:
+            nodes.call(abort_after(barrier, some_calls), barrier.wait)
+            unnoticed.append(call.start())
+        except (AssertionError, RuntimeError):
+            continue
+    # That of `masked_by`: it spares a masked rank its own timeout. tell begins with it.
+    in_tell = [call.start() for call in calls if call.start() > ptx.index("ep_packed_tell_kernel(")]
+    assert unnoticed == in_tell[:1]
+
+
+def abort_after(barrier: threading.Barrier, function: Callable[..., None]) -> Callable[..., None]:
+    """Let a rank's failure end the others' meetings."""
+
+    def run_one(rank: int, buffer: Buffer, meet: Meet) -> None:
+        try:
+            function(rank, buffer, meet)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    return run_one
+
 
 COPY, SIGNAL = nic._CARD.index("copy:"), "    st.release.sys.global.u64 [%rd5], %rd9;\n"
 

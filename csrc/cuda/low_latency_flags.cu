@@ -322,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(kMaskThreads)
             store_release_system(&args.control[peer]->done[args.epoch % 2][args.rank],
                                  uint64_t{args.epoch});
     }
-    if (peer == 0 && !reads_again && !is_over) state.finished = args.epoch;
+    if (peer == 0 && !reads_again && !is_over) state.finished[args.epoch % 2] = args.epoch;
     if (peer == 0)
         args.report->status = is_over ? kPackedTimedOut : reads_again ? kPackedAgain : state.status;
     __syncthreads();  // all threads' part of the report before its ticket

@@ -92,7 +92,7 @@ struct alignas(16) PackedState {
     uint32_t masked[kMaxRanks];
     uint32_t told[kMaxRanks];  // of far ranks: what they have last been told of `masked`
     uint32_t late[kMaxRanks];  // who did not come, where that is an error
-    uint32_t finished;         // the last call of which far ranks may be told that it is done
+    uint32_t finished[2];      // the last calls of which far ranks may know that they are done
     uint32_t broken;           // the call in which ranks were late, for good; 0: none
     uint32_t status;           // PackedStatus of the receiving half that meet has begun
     uint32_t is_there[kMaxRanks];

@@ -12,21 +12,6 @@
 namespace ep::cuda {
 namespace {
 
-/// Tell a far rank whether it is masked, if it does not know; one thread per rank. Taken back, it
-/// also hears that this rank is done with all calls it has missed meanwhile.
-__device__ __forceinline__ void tell_mask(const PackedArgs& args, int peer) {
-    const uint32_t masked = args.state->masked[peer];
-    if (masked == args.state->told[peer]) return;
-    args.state->told[peer] = masked;
-    PackedControl& control = *args.control[args.rank];
-    ep_signal(&control.masked_by[args.rank], masked, peer);
-    if (masked != 0) return;
-    for (uint32_t back = 0; back < 2; ++back) {
-        const uint32_t epoch = args.epoch - back;
-        ep_signal(&control.done[epoch % 2][args.rank], epoch, peer);
-    }
-}
-
 /// Rows for expert `number` (dispatch), or of one of this rank's experts for the rank that has that
 /// number among others' experts (combine): both are rank `number / L`'s.
 __device__ __forceinline__ void send_rows(const PackedArgs& args, int number) {
@@ -59,10 +44,7 @@ __device__ __forceinline__ void send_rows(const PackedArgs& args, int number) {
 }
 
 __device__ __forceinline__ void send_post(const PackedArgs& args, int peer) {
-    if (!is_far(args, peer)) return;
-    const bool is_masked = args.state->masked[peer] != 0;
-    if (threadIdx.x % kWarpSize == 0) tell_mask(args, peer);
-    if (is_masked) return;
+    if (!is_far(args, peer) || args.state->masked[peer] != 0) return;
     PackedControl& control = *args.control[args.rank];
     const uint32_t parity = args.epoch % 2;
     const int experts_per_rank = args.num_experts / args.num_ranks;
@@ -90,14 +72,27 @@ extern "C" __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     }
 }
 
-/// Behind finish: this rank is done with a call. Behind mask: who is masked. A thread per rank.
+/// Behind finish: this rank is done with a call. Behind either this or mask: who is masked; and
+/// to a rank that is taken back, which calls are done that it was not told of. A thread per rank.
 extern "C" __global__ void __launch_bounds__(kMaskThreads)
     ep_packed_tell_kernel(const __grid_constant__ PackedArgs args) {
     const int peer = threadIdx.x;
     if (peer >= args.num_ranks || !is_far(args, peer)) return;
-    tell_mask(args, peer);
-    if (args.state->finished == args.epoch && args.state->masked[peer] == 0)
-        ep_signal(&args.control[args.rank]->done[args.epoch % 2][args.rank], args.epoch, peer);
+    PackedControl& control = *args.control[args.rank];
+    PackedState& state = *args.state;
+    const uint32_t masked = state.masked[peer];
+    const bool is_news = masked != state.told[peer];
+    if (is_news) {
+        state.told[peer] = masked;
+        ep_signal(&control.masked_by[args.rank], masked, peer);
+    }
+    if (masked != 0) return;
+#pragma unroll 1
+    for (uint32_t parity = 0; parity < 2; ++parity) {
+        const uint32_t finished = state.finished[parity];
+        if (is_news || finished == args.epoch)
+            ep_signal(&control.done[parity][args.rank], finished, peer);
+    }
 }
 
 }  // namespace ep::cuda
