@@ -307,6 +307,10 @@ def scale(  # noqa: PLR0913  (every parameter is an option)
     num_experts: Annotated[int, typer.Option(help="Experts; with more ranks, one per rank.")] = 256,
     max_nodes: Annotated[int, typer.Option(help="Most nodes of a token; 0: any number.")] = 4,
     busiest: Annotated[float, typer.Option(help="Rows of the busiest rank over the mean.")] = 1.0,
+    routing: Annotated[
+        Path | None, typer.Option(help="routing.jsonl of a training run, in place of --busiest.")
+    ] = None,
+    first_iteration: Annotated[int, typer.Option(help="Of --routing, the first to count.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
 ) -> None:
     """Work out bytes, messages, memory and expected times of large groups; nothing is run.
@@ -314,10 +318,16 @@ def scale(  # noqa: PLR0913  (every parameter is an option)
     FP8 rows in dispatch, bfloat16 in combine. docs/scale.md says what is assumed.
     """
     from ep_megatron.scale import FABRICS, Layer, markdown, plans
+    from ep_megatron.scale_routing import imbalance_table, read_routing
 
-    layer = Layer(num_tokens, hidden, num_topk, num_experts, max_nodes, busiest=busiest)
     sizes = _numbers("--num-ranks", num_ranks)
     try:
+        if routing is not None:
+            found_routing = read_routing(routing, first_iteration)
+            busiest = found_routing[-1].quantile(0.5)
+            typer.echo(f"{routing}:\n\n{imbalance_table(found_routing)}")
+            typer.echo(f"below, the busiest rank has {busiest:.2f} times the mean (last median)\n")
+        layer = Layer(num_tokens, hidden, num_topk, num_experts, max_nodes, busiest=busiest)
         by_fabric = {
             name: plans(sizes, layer, FABRICS[name])
             for name in _choices("--fabric", fabric, tuple(FABRICS))

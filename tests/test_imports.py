@@ -44,6 +44,7 @@ FLOORS = [
         "backends.gpu",
         "backends.packed",
         "scale_picture",
+        "scale_routing",
         "recompute",
     },
     {

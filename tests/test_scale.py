@@ -1,6 +1,7 @@
 """The plans for large groups: rows are those of drawn routings, the document is the command's."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE
 from ep_megatron.cli import app
 from ep_megatron.scale import FABRICS, Fabric, Layer, expected_groups, first_above, plan, plans
+from ep_megatron.scale_routing import read_routing
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
 SIZES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -72,6 +74,29 @@ def test_what_cannot_be_is_refused() -> None:
     result = CliRunner().invoke(app, ["scale", "--num-topk", "0"])
     assert result.exit_code == 1
     assert "error: scale: expected num_topk to be at least 1" in result.output
+
+
+def test_a_routing_log_says_how_uneven_ranks_are(tmp_path: Path) -> None:
+    log = tmp_path / "routing.jsonl"
+    rows = [{"2": [3, 1], "4": [4, 0, 0, 0]}, {"2": [2, 2], "4": [1, 1, 1, 1]}, {"2": [0, 0]}]
+    log.write_text(
+        "".join(json.dumps({"iteration": i, "rows": r}) + "\n" for i, r in enumerate(rows))
+    )
+    two, four = read_routing(log)
+    assert (two.num_ranks, list(two.ratios)) == (2, [1.0, 1.5])
+    assert (four.num_ranks, list(four.ratios)) == (4, [1.0, 4.0])
+    assert [two.quantile(share) for share in (0.5, 0.9, 1.0)] == [1.0, 1.5, 1.5]
+    assert list(read_routing(log, 1)[1].ratios) == [1.0]
+    with pytest.raises(ValueError, match="rows of iteration 2 or later, got none"):
+        read_routing(log, 2)
+    arguments = ["scale", "--routing", str(log), "--num-ranks", "8", "--fabric", "h100"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "| 4 | 2 | 1.00 | 4.00 | 4.00 | 4.00 |" in result.output
+    log.write_text("[1]\n")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "error: scale: expected line 1 of" in result.output
 
 
 def test_the_document_has_the_tables_of_the_command(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,
 )
 
+from ep_megatron.scale_routing import read_routing
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 300
 
@@ -87,7 +89,22 @@ LONGER = ("--train-iters", "60", "--eval-interval", "20")
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> str:
     """Train 60 iterations without interruption and return what was printed."""
-    return _finish(_start(folder, "whole", *LONGER))
+    return _finish(_start(folder, "whole", *LONGER, "--log-routing", "true"))
+
+
+def test_the_routing_log_has_the_rows_of_every_dispatch(folder: Path, whole: str) -> None:
+    lines = (folder / "whole/routing.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    # 16 sequences of 32 tokens, 4 at a time on each of two ranks; two of 8 experts each.
+    found = [(r["iteration"], r["layer"], r["micro-batch"]) for r in records]
+    assert found == [(i, 2, m) for i in range(5, 61, 5) for m in range(2)]
+    for record in records:
+        rows = record["rows"]
+        assert {size: len(counts) for size, counts in rows.items()} == {"2": 2, "4": 4, "8": 8}
+        assert sum(rows["8"]) == 2 * 4 * 32 * 2
+        assert 256 <= sum(rows["2"]) <= sum(rows["4"]) <= sum(rows["8"])
+    found_ratios = read_routing(folder / "whole/routing.jsonl", first_iteration=30)
+    assert [(one.num_ranks, len(one.ratios)) for one in found_ratios] == [(2, 14), (4, 14), (8, 14)]
 
 
 def test_losses_fall_and_results_lie_where_the_run_says(folder: Path, whole: str) -> None:

@@ -11,6 +11,7 @@ from ep_megatron.train.checkpoint import save_checkpoint
 from ep_megatron.train.config import Config
 from ep_megatron.train.data import Data
 from ep_megatron.train.report import Reporter
+from ep_megatron.train.routing_log import RoutingLog
 from ep_megatron.train.step import Run, evaluate, train_iterators, train_step
 from ep_megatron.train.stop import StopRequest
 from ep_megatron.train.summary import opening, summary
@@ -31,7 +32,12 @@ def train(run: Run, data: Data) -> int:
             reporter = Reporter(run.config, run.iteration, data.unigram_entropy)
             stack.callback(reporter.close)
             reporter.say(opening(run, data.unigram_entropy))
-        number = _iterate(run, data, reporter, stop)
+        routing = None
+        if run.config.log_routing:
+            assert run.config.run_dir is not None
+            routing = RoutingLog(run.models, run.config.run_dir / "routing.jsonl", run.iteration)
+            stack.callback(routing.close)
+        number = _iterate(run, data, reporter, stop, routing)
         groups = gather_statistics()
     if reporter is not None:
         if groups:
@@ -40,18 +46,28 @@ def train(run: Run, data: Data) -> int:
     return number
 
 
-def _iterate(run: Run, data: Data, reporter: Reporter | None, stop: StopRequest) -> int:
+def _iterate(
+    run: Run,
+    data: Data,
+    reporter: Reporter | None,
+    stop: StopRequest,
+    routing: RoutingLog | None,
+) -> int:
     config = run.config
     iterators = train_iterators(run, data.train)
     saved = validated = run.iteration
     number = 0
     while run.iteration < config.train_iters and not number:
         start = time.perf_counter()
+        if routing is not None:
+            routing.clear()
         result = train_step(run, iterators)
         if reporter is not None:
             reporter.step(run.iteration, result, time.perf_counter() - start)
         if _due(run, config.log_interval):
             _report_balance(run, reporter)
+            if routing is not None:
+                routing.write(run.iteration)
             scalars = watch_scalars(gather_statistics())
             if reporter is not None:
                 reporter.scalars(run.iteration, scalars)

@@ -31,7 +31,7 @@ class Reporter:
         self.console = Console(highlight=False)
         self.losses_path = config.run_dir / "losses.jsonl"
         self.curve_path = config.run_dir / "loss.png"
-        self.records = _records_until(self.losses_path, first_iteration)
+        self.records = records_until(self.losses_path, first_iteration)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         rewritten = self.losses_path.with_suffix(".new")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -123,7 +123,8 @@ class Reporter:
                 self._board.add_scalar(name, value, record["iteration"])
 
 
-def _records_until(path: Path, iteration: int) -> list[dict[str, Any]]:
+def records_until(path: Path, iteration: int) -> list[dict[str, Any]]:
+    """Return the lines of a JSONL file of a run that goes on after `iteration`."""
     if not path.exists():
         return []
     records = []

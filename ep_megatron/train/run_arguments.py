@@ -146,6 +146,8 @@ class RunArguments(Section):
     """Folder of TensorBoard's events; <run-dir>/tensorboard when left out."""
     log_interval: PositiveInt = 10
     """Iterations between lines of the log."""
+    log_routing: bool = False
+    """Write <run-dir>/routing.jsonl: rows that every rank would get, every log-interval."""
     eval_interval: PositiveInt | None = None
     """Iterations between validations; the end of the run has one in any case."""
     eval_iters: NonNegativeInt = 10
