@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Ranks and experts from which on ranks tell each other only what concerns the other's host.
+MANY_COUNTS = 1024
+
 
 @dataclass(frozen=True)
 class Hosts:

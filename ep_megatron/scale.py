@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ep_megatron.hosts import MANY_COUNTS
 from ep_megatron.sizes import Config, default_config, low_latency_size_hint
 
 _BLOCK = 128  # columns of a scale
@@ -87,7 +88,7 @@ class Plan:
         nvlink: bytes over NVLink of a (dispatch, combine).
         messages: to other nodes of a dispatch: counts, then rows with a signal each.
         counts: bytes of counts that a dispatch exchanges.
-        counts_by_owner: what they would be if only an expert's rank got its counts, and answered.
+        counts_to_all: what they would be if every rank told every other everything.
         received: bytes that hold what a dispatch brings, on the busiest rank.
         deepep_buffers: bytes of DeepEP V1's queues.
         low_latency_window: bytes of our window for the low-latency verbs.
@@ -106,7 +107,7 @@ class Plan:
     nvlink: tuple[float, float]
     messages: int
     counts: int
-    counts_by_owner: int
+    counts_to_all: int
     received: float
     deepep_buffers: int
     low_latency_window: int
@@ -184,8 +185,8 @@ def plan(num_ranks: int, layer: Layer, fabric: Fabric, chunk: int = 256) -> Plan
         network=network,
         nvlink=nvlink,
         messages=messages,
-        counts=(num_ranks - 1) * (_POST_BYTES + 4 * (num_ranks + num_experts)),
-        counts_by_owner=2 * (num_ranks - 1) * (_POST_BYTES + 4 * (num_experts // num_ranks + 1)),
+        counts=_counts(num_ranks, nodes, num_experts),
+        counts_to_all=(num_ranks - 1) * (_POST_BYTES + 4 * (num_ranks + num_experts)),
         received=layer.busiest * tokens * ranks_per_token * sent[0] + network[0],
         deepep_buffers=_deepep_buffers(num_ranks, layer),
         low_latency_window=4 * num_experts * layer.low_latency_tokens * (2 * layer.hidden + 4),
@@ -232,9 +233,14 @@ def markdown(rows: Sequence[Plan]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def first_above(rows: Sequence[Plan], share: float) -> int | None:
-    """Return the smallest group whose counts are more than a share of its rows."""
-    return next((p.num_ranks for p in rows if p.counts_share > share), None)
+def _counts(num_ranks: int, nodes: int, num_experts: int) -> int:
+    """Return the bytes of counts that a rank sends; see `backends.host_counts`."""
+    num_places = num_ranks + num_experts
+    if nodes == 1 or num_places < MANY_COUNTS:
+        return (num_ranks - 1) * (_POST_BYTES + 4 * num_places)
+    telling = _POST_BYTES + 4 * (num_places // nodes + 1)
+    answer = 2 * 4 * num_places // nodes
+    return (num_ranks - 1) * telling + (nodes - 1) * answer
 
 
 def _deepep_buffers(num_ranks: int, layer: Layer) -> int:

@@ -22,8 +22,8 @@ def draw(by_fabric: Mapping[str, Sequence[Plan]], path: Path) -> None:
         series = [
             (axes[0][0], [plan.network[0] / 1e6 for plan in plans], "-", f"{name}, network"),
             (axes[0][0], [plan.nvlink[0] / 1e6 for plan in plans], "--", f"{name}, NVLink"),
-            (axes[0][1], [plan.counts / 1e6 for plan in plans], "-", f"{name}, to every rank"),
-            (axes[0][1], [p.counts_by_owner / 1e6 for p in plans], "--", f"{name}, to the owner"),
+            (axes[0][1], [plan.counts / 1e6 for plan in plans], "-", f"{name}, as told"),
+            (axes[0][1], [p.counts_to_all / 1e6 for p in plans], "--", f"{name}, all to all"),
             (axes[1][0], [plan.received / 1e6 for plan in plans], "-", f"{name}, received rows"),
             (
                 axes[1][0],

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_megatron import Buffer, BufferConfig, DispatchHandle
-from ep_megatron.backends import HOST_ID_VARIABLE
-from ep_megatron.hosts import Hosts
+from ep_megatron.backends import HOST_ID_VARIABLE, host_counts
+from ep_megatron.backends.base import Routing
+from ep_megatron.backends.host_plan import HostPlan
+from ep_megatron.hosts import MANY_COUNTS, Hosts
 from tests.ranks import run_on_ranks
 from tests.routing import CASES, Case, expected_rows
 from tests.test_dispatch import DTYPES, HANDLE_NUMBERS, HANDLE_TENSORS, bits, buffer_of, send
@@ -156,6 +159,18 @@ def check_sums(layout: str, buffer: Buffer, handle: DispatchHandle, x: Tensor) -
         assert_same_bits(out_weights, expected_weights(layout, handle, weights))
 
 
+def check_large_group(rank: int, layout: str, case: Case) -> None:
+    """Told only what concerns its host, a rank knows as much, and hears less."""
+    everything = MANY_COUNTS
+    with mock.patch.object(host_counts, "MANY_COUNTS", 0):
+        check_bits(rank, layout, case, torch.bfloat16)
+    plan = HostPlan(Hosts.from_ids(layout), rank, Routing(case.topk_idx(rank), case.num_experts))
+    assert case.num_ranks + case.num_experts < everything
+    for host, telling in zip(plan.hosts.host_of, host_counts.tellings(plan), strict=True):
+        assert len(telling) == len(plan.counts)
+        assert len(plan.telling(host)) < len(plan.counts)
+
+
 def check_float32_between_hosts(rank: int, layout: str, case: Case) -> None:
     """The sums of hosts are not rounded: only the last addition is."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -219,6 +234,11 @@ def pairs(cases: list[Case]) -> list[object]:
 def test_rows_and_sums_are_exact(layout: str, case: Case) -> None:
     for dtype in DTYPES:
         run_on_ranks(case.num_ranks, check_bits, layout, case, dtype)
+
+
+@pytest.mark.parametrize(("layout", "case"), pairs([CASES[2], CASES[4], CASES[5]]))
+def test_large_groups_are_exact(layout: str, case: Case) -> None:
+    run_on_ranks(case.num_ranks, check_large_group, layout, case)
 
 
 def test_rows_that_stream_are_exact() -> None:

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from ep_megatron import Buffer, BufferConfig
+from ep_megatron.backends import host_counts
 from ep_megatron.backends.hierarchical import HierarchicalBackend
+from ep_megatron.backends.host_plan import HostPlan
 from ep_megatron.config import MIB
 from tests.mortal_ranks import CASE, TIMEOUT, Ranks
 from tests.ranks import run_on_ranks
@@ -76,6 +78,18 @@ def stop_before_the_rows(rank: int, buffer: Buffer) -> None:
     send(buffer, CASE, rank, True, torch.float32)
 
 
+def die_before_the_answers(rank: int, buffer: Buffer) -> None:
+    """In a large group, rank 0 ends between what it tells and what it answers."""
+
+    def answer(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    host_counts.MANY_COUNTS = 0  # type: ignore[attr-defined]  # the process is this test's own
+    if rank == 0:
+        HostPlan.answer = answer  # type: ignore
+    send(buffer, CASE, rank, True, torch.float32)
+
+
 def test_a_killed_rank_is_named() -> None:
     with Ranks(BACKEND, die) as ranks:
         ranks.go()
@@ -88,6 +102,7 @@ def test_a_killed_rank_is_named() -> None:
         (first_dies_before_the_sums, 1),
         (last_dies_before_the_sums, 2),
         (die_before_the_rows, 0),
+        (die_before_the_answers, 0),
     ],
 )
 def test_a_rank_killed_between_hops_is_named_on_both_hosts(role: Any, victim: int) -> None:

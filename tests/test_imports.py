@@ -69,7 +69,7 @@ FLOORS = [
         "backends.device_rows",
         "backends.checked",
     },
-    {"backends.device_links", "backends.reach"},
+    {"backends.device_links", "backends.host_counts", "backends.reach"},
     {
         "backends.hierarchical",
         "backends.cuda",

@@ -94,14 +94,15 @@ class CudaNodesBackend:
             self.fail("dispatch", error)
             raise ValueError(f"dispatch: {error}")
         plan = HostPlan(self.nodes, self.rank, planned)
-        everyone = self._agree("dispatch", call, plan.counts())
-        handle = plan.handle(self._num_calls, everyone)
+        everyone = self._agree("dispatch", call, plan.counts)
+        counts = plan.all_counts(everyone)
+        handle = plan.handle(self._num_calls, counts)
         per_node = plan.split(everyone)[2].tolist()
         inner_rows, idx = self._cross(rows, plan.tokens_per_host, per_node, plan)
-        counts = [count for _, count in plan.num_forwarded(everyone)]
-        forwarded = idx.to(planned.topk_idx.dtype).split(counts)
-        hop = plan.hop(handle, everyone)
-        plan.settle(hop, everyone, forwarded)
+        num_forwarded = [count for _, count in plan.num_forwarded(counts)]
+        forwarded = idx.to(planned.topk_idx.dtype).split(num_forwarded)
+        hop = plan.hop(handle, counts)
+        plan.settle(hop, counts, forwarded)
         handle = self._on_device(replace(handle, hop=hop), routing.topk_idx.device)
         assert handle.hop is not None
         inner = handle.hop.inner

@@ -19,6 +19,7 @@ from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.arrival import arrival_along
 from ep_megatron.backends.base import Announce, Call, NoRoomError, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, cast_rows, copy_rows
+from ep_megatron.backends.host_counts import counts_of, tellings
 from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE, HostPlan, add_parts, sum_weights
 from ep_megatron.backends.meeting import (
     Gathering,
@@ -71,20 +72,20 @@ class HierarchicalBackend:
             self.fail(operation, str(error).removeprefix("dispatch: "))
             raise
         plan = HostPlan(self.hosts, self.rank, routing)
-        everyone = self._agree(operation, Call.of(operation, rows, routing), plan.counts())
-        assert everyone is not None
+        told = self._agree(operation, Call.of(operation, rows, routing), tellings(plan))
+        assert told is not None
         with self._taking_part():
-            handle = plan.handle(self._num_calls, everyone)
-            hop, place = plan.hop(handle, everyone), None
+            with self._telling_host(operation):
+                counts = counts_of(operation, plan, told, self._wire)
+            handle = plan.handle(self._num_calls, counts)
+            hop, place = plan.hop(handle, counts), None
             handle = replace(handle, hop=hop)
             if announce is not None:
                 place = self._place(rows, hop, with_idx=True)
                 announce(place.rows, handle)
-            inner_rows, forwarded_idx = self._cross(
-                operation, cast_rows(rows), plan.tokens_per_host, hop.num_forwarded, plan
-            )
+            inner_rows, forwarded_idx = self._cross(operation, cast_rows(rows), hop, plan)
             forwarded_idx = [idx.to(routing.topk_idx.dtype) for idx in forwarded_idx]
-            plan.settle(hop, everyone, forwarded_idx)
+            plan.settle(hop, counts, forwarded_idx)
             received = self._spread(operation, rows, inner_rows, hop, place, with_idx=True)
         self._wire.count(operation)
         return received, handle
@@ -103,9 +104,7 @@ class HierarchicalBackend:
         hop = self._hop_of(operation, handle)
         self._agree(operation, Call.of(operation, rows, handle))
         with self._taking_part():
-            inner_rows, _ = self._cross(
-                operation, cast_rows(rows), hop.tokens_per_host, hop.num_forwarded
-            )
+            inner_rows, _ = self._cross(operation, cast_rows(rows), hop)
             arrived = self._spread(operation, rows, inner_rows, hop, received, with_idx=False)
         self._wire.count(operation)
         return arrived
@@ -176,19 +175,14 @@ class HierarchicalBackend:
     # -- between hosts ----------------------------------------------------------------------------
 
     def _cross(
-        self,
-        operation: str,
-        rows: Rows,
-        tokens_per_host: Sequence[Tensor],
-        num_forwarded: Sequence[tuple[int, int]],
-        plan: HostPlan | None = None,
+        self, operation: str, rows: Rows, hop: HostHop, plan: HostPlan | None = None
     ) -> tuple[Rows, list[Tensor]]:
         """Send rows to their gateways; return own and forwarded rows, in one.
 
         With `plan` the tokens' expert ids travel too: `[n, K]` of each rank forwarded for.
         """
         x, num_own = rows.x, len(rows.x)
-        num_rows = num_own + sum(n for _, n in num_forwarded)
+        num_rows = num_own + sum(n for _, n in hop.num_forwarded)
         inner_x = x.new_empty(num_rows, x.shape[1])
         # What is small lies side by side: one message.
         num_topk = plan.routing.topk_idx.shape[1] if plan else 0
@@ -197,7 +191,7 @@ class HierarchicalBackend:
         widths = [part.shape[1] * part.element_size() for part in parts]
         beside = torch.empty(num_rows - num_own, sum(widths), dtype=torch.uint8)
         receives, first = [], 0
-        for source, count in num_forwarded:
+        for source, count in hop.num_forwarded:
             if count == 0:
                 continue
             place = slice(num_own + first, num_own + first + count)
@@ -207,7 +201,7 @@ class HierarchicalBackend:
             first += count
 
         def sends() -> Iterator[Transfer]:
-            for host, tokens in enumerate(tokens_per_host):
+            for host, tokens in enumerate(hop.tokens_per_host):
                 if host == self._host or len(tokens) == 0:
                     continue
                 gateway = self.hosts.gateway(self.rank, host)
@@ -221,17 +215,14 @@ class HierarchicalBackend:
         def keep_own() -> None:
             inner_x[:num_own] = x
 
-        try:
+        with self._telling_host(operation):
             self._wire.exchange(operation, receives, sends(), meanwhile=keep_own)
-        except LateError as error:
-            self._tell_host(operation, str(error))
-            raise
         came = beside.split(widths, 1) if widths else ()
         columns = [
             column.clone(memory_format=torch.contiguous_format).view(part.dtype)
             for column, part in zip(came, parts, strict=True)
         ]
-        counts = [count for _, count in num_forwarded]
+        counts = [count for _, count in hop.num_forwarded]
         idx = [] if plan is None else list(columns.pop(0).split(counts))
         weights = scales = None
         if rows.topk_weights is not None:
@@ -343,10 +334,15 @@ class HierarchicalBackend:
         text = text.replace("no rank went on because of", "cannot go on because of")
         return RuntimeError(text) if isinstance(error, ValueError | RuntimeError) else error
 
-    def _tell_host(self, operation: str, reason: str) -> None:
-        """Let this host's ranks hear why this one does not take part."""
-        with suppress(RuntimeError, ValueError):  # they have heard, or cannot any more
-            self._inside.fail(operation, keep_numbers(reason))
+    @contextmanager
+    def _telling_host(self, operation: str) -> Iterator[None]:
+        """Let this host's ranks hear why this one will not take part."""
+        try:
+            yield
+        except LateError as error:
+            with suppress(RuntimeError, ValueError):  # they have heard, or cannot any more
+                self._inside.fail(operation, keep_numbers(str(error)))
+            raise
 
     # -- the whole group --------------------------------------------------------------------------
 
@@ -368,7 +364,11 @@ class HierarchicalBackend:
             raise
 
     def _agree(
-        self, operation: str, call: Call | None, counts: Tensor | None = None, error: str = ""
+        self,
+        operation: str,
+        call: Call | None,
+        counts: Sequence[Tensor] | None = None,
+        error: str = "",
     ) -> Tensor | None:
         if self._broken:
             raise RuntimeError(

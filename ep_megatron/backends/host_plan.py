@@ -26,6 +26,21 @@ WIRE_IDX_DTYPE = torch.int16  # of expert ids between hosts: at most 16384 exper
 
 
 @dataclass(frozen=True, eq=False)
+class Counts:
+    """What a rank knows of all ranks' routing. R_h and E_h: ranks and experts of its host.
+
+    Attributes:
+        told: `[R, R_h + E_h + 1]` int32, by source: tokens to each rank of this host, slots to each
+            of its experts, tokens to the host at all.
+        folded: `[3, R + E]` int32, tokens to each rank and slots to each expert: of all ranks
+            before this one, its own, of all behind it. No more is needed to place its rows.
+    """
+
+    told: Tensor
+    folded: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class HostPlan:
     """One rank's routing, before and after the counts of all ranks are known.
 
@@ -69,8 +84,12 @@ class HostPlan:
         """For each host, the ascending numbers of the tokens that go there."""
         return tuple(column.nonzero()[:, 0] for column in self.is_token_in_host.T)
 
+    @cached_property
     def counts(self) -> Tensor:
-        """Return what the other ranks must know: `[R + E + hosts]` int32."""
+        """This rank's tokens per rank, slots per expert, tokens per host: `[R + E + hosts]` int32.
+
+        All ranks' make `all_counts`.
+        """
         num_experts = self.routing.num_experts
         counts = torch.zeros(self.num_ranks + num_experts + self.hosts.num_hosts, dtype=torch.int32)
         per_rank, per_expert, per_host = self.split(counts)
@@ -87,6 +106,54 @@ class HostPlan:
         sizes = [self.num_ranks, self.routing.num_experts, self.hosts.num_hosts]
         return tuple(torch.split(counts, sizes, -1))
 
+    def _columns(self, host: int) -> Tensor:
+        """Return where the ranks and experts of a host are in `[R + E]`."""
+        members = torch.tensor(self.hosts.members[host])
+        experts = torch.arange(self.routing.num_experts).view(self.num_ranks, -1)[members]
+        return torch.cat([members, self.num_ranks + experts.flatten()])
+
+    def num_places(self, host: int) -> int:
+        """Return how many ranks and experts a host has."""
+        return len(self._columns(host))
+
+    def all_counts(self, everyone: Tensor) -> Counts:
+        """Return what follows from the `counts` of all ranks, `[R, R + E + hosts]`."""
+        num_places = self.num_ranks + self.routing.num_experts
+        columns = torch.cat([self._columns(self.host), torch.tensor([num_places + self.host])])
+        return Counts(everyone[:, columns], _fold(everyone[:, :num_places], self.rank))
+
+    def telling(self, host: int) -> Tensor:
+        """Return what the ranks of a host must know: a row of their `Counts.told`."""
+        own = self.counts
+        num_here = own[self.num_ranks + self.routing.num_experts + host]
+        return torch.cat([own[self._columns(host)], num_here[None]])
+
+    def answer(self, told: Tensor, source: int) -> Tensor:
+        """Return what a rank must know of this host, of the counts before and behind its own.
+
+        Args:
+            told: see `Counts`.
+            source: that rank, which this one forwards for.
+
+        Returns:
+            `[2, R_h + E_h]` int32.
+        """
+        return _fold(told[:, :-1], source)[::2]
+
+    def counts_of_answers(self, told: Tensor, answers: Sequence[Tensor]) -> Counts:
+        """Return what follows from the `telling` of all ranks and the `answer` of every host.
+
+        Args:
+            told: see `Counts`.
+            answers: of every host's gateway, this host's own among them.
+        """
+        num_places = self.num_ranks + self.routing.num_experts
+        folded = torch.empty(3, num_places, dtype=torch.int32)
+        folded[1] = self.counts[:num_places]
+        for host, answer in enumerate(answers):
+            folded[::2, self._columns(host)] = answer
+        return Counts(told, folded)
+
     def inner_idx(self, host: int, dtype: torch.dtype) -> Tensor:
         """Number the experts of the tokens that go to `host` within it: `[n, K]`, or -1."""
         num_experts = self.routing.num_experts
@@ -97,17 +164,16 @@ class HostPlan:
             table[rank * per_rank : (rank + 1) * per_rank] = experts
         return table[self.routing.topk_idx[self.tokens_per_host[host]].long()]
 
-    def handle(self, plan_id: int, everyone: Tensor) -> DispatchHandle:
-        """Return the handle without its hop. `everyone`: `[R, R + E + hosts]`, all ranks' counts.
-
-        Everything in it is what the other backends put there.
-        """
+    def handle(self, plan_id: int, counts: Counts) -> DispatchHandle:
+        """Return the handle without its hop: everything in it is what other backends put there."""
         routing, num_ranks = self.routing, self.num_ranks
-        matrix, per_expert = (part.contiguous() for part in self.split(everyone)[:2])
+        matrix, per_expert = counts.folded[:, :num_ranks], counts.folded[:, num_ranks:]
+        matrix, per_expert = matrix.contiguous(), per_expert.contiguous()
         valid = per_expert.sum(0).view(num_ranks, -1)
         blocks = round_up(valid, routing.expert_alignment)
         routes = torch.empty(3, *routing.topk_idx.shape, dtype=torch.int32)
-        _make_routes(routing, matrix, per_expert, self.rank, routes)
+        _make_routes(routing, matrix, per_expert, _OWN, routes)
+        index = self.hosts.members[self.host].index(self.rank)
         return DispatchHandle(
             plan_id=plan_id,
             rank=self.rank,
@@ -119,34 +185,33 @@ class HostPlan:
             expert_alignment=routing.expert_alignment,
             routes=routes,
             num_rows_per_rank=tuple((blocks.sum(1) if routing.expand else matrix.sum(0)).tolist()),
-            num_tokens_per_rank=tuple(matrix[self.rank].tolist()),
-            num_recv_tokens_per_rank=tuple(matrix[:, self.rank].tolist()),
+            num_tokens_per_rank=tuple(matrix[_OWN].tolist()),
+            num_recv_tokens_per_rank=tuple(counts.told[:, index].tolist()),
             num_recv_tokens_per_expert=tuple(blocks[self.rank].tolist()),
             num_valid_tokens_per_expert=tuple(valid[self.rank].tolist()),
             topk_idx=None if routing.expand else routing.topk_idx.clone(),
         )
 
-    def num_forwarded(self, everyone: Tensor) -> tuple[tuple[int, int], ...]:
+    def num_forwarded(self, counts: Counts) -> tuple[tuple[int, int], ...]:
         """Return (source rank, rows) of all that this rank forwards, ascending."""
-        per_host = self.split(everyone)[2][:, self.host].tolist()
-        return tuple((source, per_host[source]) for source in self.hosts.served_by(self.rank))
+        here = counts.told[:, -1].tolist()
+        return tuple((source, here[source]) for source in self.hosts.served_by(self.rank))
 
-    def _inside(self, everyone: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    def _inside(self, counts: Counts) -> tuple[list[int], Tensor, Tensor]:
         """Return this host's ranks, and the counts of all ranks `[R, ...]` for it alone."""
         members = list(self.hosts.members[self.host])
-        matrix, per_expert, _ = self.split(everyone)
-        experts = torch.arange(self.routing.num_experts).view(self.num_ranks, -1)[members].flatten()
-        return members, matrix[:, members].contiguous(), per_expert[:, experts].contiguous()
+        matrix, per_expert = counts.told[:, : len(members)], counts.told[:, len(members) : -1]
+        return members, matrix.contiguous(), per_expert.contiguous()
 
-    def settle(self, hop: HostHop, everyone: Tensor, forwarded_idx: Sequence[Tensor]) -> None:
+    def settle(self, hop: HostHop, counts: Counts, forwarded_idx: Sequence[Tensor]) -> None:
         """Fill in what a hop needs to know of forwarded rows, once their experts have come.
 
         Args:
             hop: of this plan.
-            everyone: `[R, R + E + hosts]`, all ranks' counts.
+            counts: of all ranks.
             forwarded_idx: `[n, K]` of each rank that this one forwards for, see `inner_idx`.
         """
-        _, matrix, per_expert = self._inside(everyone)
+        _, matrix, per_expert = self._inside(counts)
         own_idx = torch.full_like(self.routing.topk_idx, -1)
         tokens = self.tokens_per_host[self.host]
         own_idx[tokens] = self.inner_idx(self.host, self.routing.topk_idx.dtype)
@@ -160,15 +225,15 @@ class HostPlan:
         if hop.inner.topk_idx is not None:
             hop.inner.topk_idx.copy_(topk_idx)
 
-    def hop(self, handle: DispatchHandle, everyone: Tensor) -> HostHop:
+    def hop(self, handle: DispatchHandle, counts: Counts) -> HostHop:
         """Plan the second hop, but for what `settle` fills in: routes and experts inside the host.
 
         Args:
             handle: of this rank's routing.
-            everyone: `[R, R + E + hosts]`, all ranks' counts.
+            counts: of all ranks.
         """
-        members, matrix, per_expert = self._inside(everyone)
-        num_forwarded = self.num_forwarded(everyone)
+        members, matrix, per_expert = self._inside(counts)
+        num_forwarded = self.num_forwarded(counts)
         num_tokens = handle.num_tokens + sum(count for _, count in num_forwarded)
         like = self.routing.topk_idx
         through = [[rank, *self.hosts.served_by(rank)] for rank in members]
@@ -195,6 +260,19 @@ class HostPlan:
             is_slot_in_host=self.is_slot_in_host,
             num_forwarded=num_forwarded,
         )
+
+
+_OWN = 1  # of the three rows of `Counts.folded`
+
+
+def _fold(counts: Tensor, rank: int) -> Tensor:
+    """Return `[3, C]` of `[R, C]`: the sum of the rows before a rank's, its own, of those behind.
+
+    Sums stay below 2^31, which is more rows than a rank may have: the host then stops the call.
+    """
+    before, behind = counts[:rank].sum(0), counts[rank + 1 :].sum(0)
+    folded = torch.stack([before, counts[rank].long(), behind])
+    return folded.clamp(max=torch.iinfo(torch.int32).max).int()
 
 
 def _make_routes(

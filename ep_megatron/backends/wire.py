@@ -45,6 +45,7 @@ class Message(IntEnum):
     STATUS = 1
     ROWS = 2
     BESIDE = 3
+    COUNTS = 4
 
 
 class Status(IntEnum):
@@ -112,7 +113,11 @@ class Wire:
         self._num_calls, self._last_call = 0, "has made no call yet"
 
     def agree(
-        self, operation: str, call: Call | None, counts: Tensor | None = None, error: str = ""
+        self,
+        operation: str,
+        call: Call | None,
+        counts: Sequence[Tensor] | None = None,
+        error: str = "",
     ) -> Tensor | None:
         """Raise on every rank unless all make the same call and none reports an error.
 
@@ -121,21 +126,27 @@ class Wire:
         Args:
             operation: for the message.
             call: this rank's call; None when it reports an error.
-            counts: `[C]` int32, C the same on all ranks that make the same call.
+            counts: one for each rank, `[C]` int32; C is what all ranks that make the same call tell
+                that rank.
             error: why this rank cannot take part.
 
         Returns:
-            The counts of all ranks, `[R, C]`, or None without.
+            What all ranks tell this one, `[R, C]`, or None without.
 
         Raises:
             ValueError: on every rank.
             RuntimeError: naming the ranks that did not answer, or have said that they cannot go on.
         """
         self._num_calls += 1
-        kind, body = _Kind.CALL, b"" if counts is None else counts.numpy().tobytes()
+        kind, body = _Kind.CALL, b""
         if call is None:
             kind, body = _Kind.ERROR, error.encode()[:MAX_ERROR_BYTES]
-        message = self._pack(kind, call or (0,) * NUM_CALL_FIELDS, body)
+        fields = call or (0,) * NUM_CALL_FIELDS
+        if counts is None or call is None:
+            messages = [self._pack(kind, fields, body)] * self.num_ranks
+        else:
+            messages = [self._pack(kind, fields, one.numpy().tobytes()) for one in counts]
+        message = messages[self.rank]
         # A message may be shorter than what is posted for it: sizes are not agreed on yet.
         answers = torch.empty(self.num_ranks, self._capacity, dtype=torch.uint8)
         answers[self.rank, : len(message)] = message
@@ -143,7 +154,7 @@ class Wire:
         self.exchange(
             operation,
             [Transfer(peer, Message.MEETING, answers[peer]) for peer in peers],
-            [Transfer(peer, Message.MEETING, message) for peer in peers],
+            [Transfer(peer, Message.MEETING, messages[peer]) for peer in peers],
             self.timeout,
         )
         reports, bodies, posted_at = [], [], []
