@@ -224,7 +224,8 @@ class Buffer(LowLatencyVerbs, Watched, Settings):
             num_worst_tokens: rows of every received tensor, the same on all ranks; nobody waits for
                 counts then, the list is empty, and those behind the rows that came have
                 `recv_topk_idx` -1 and weights 0. The counts are tensors of the handle, a
-                `CapacityHandle`. More rows than these raise a ValueError on every rank. 0 for as
+                `CapacityHandle`. More rows than these raise a ValueError on every rank; between
+                GPUs, where no host waits, from `CapacityHandle.check` or the next call. 0 for as
                 many rows as come.
             config: accepted; the protocol has no chunk sizes to tune.
             previous_event: waited for first.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ep_megatron import recompute
-from ep_megatron.backends.base import Backend, Received, Routing, Rows
+from ep_megatron.backends.base import Backend, Received, Routing, Rows, SyncFreeBackend
 from ep_megatron.backends.casting import copy_rows
 from ep_megatron.backends.packed import LowLatencyBackend
-from ep_megatron.handle import AnyHandle, CapacityHandle, DispatchHandle, exact
+from ep_megatron.handle import AnyHandle, CapacityHandle, DeviceHandle, DispatchHandle, exact
 from ep_megatron.settings import Settings
 from ep_megatron.streams import CPUStream, EventHandle, EventOverlap, after_all, handle_of
 
@@ -210,6 +210,16 @@ class Calls:
         self, rows: Rows, routing: Routing, previous_event: Event, async_finish: bool
     ) -> tuple[Rows, CapacityHandle, EventOverlap]:
         """Run a fresh dispatch into `num_worst_tokens` rows, whose counts nobody waits for."""
+        backend = self._backend
+        if isinstance(backend, SyncFreeBackend):
+            (received, on_device), event = self.begin(
+                "dispatch",
+                lambda _announce: backend.dispatch_within(rows, routing),
+                inputs=(*rows.tensors(), routing.topk_idx),
+                previous_event=previous_event,
+                async_finish=async_finish,
+            )
+            return received, on_device, event
         capacity, topk_idx = routing.num_worst_tokens, routing.topk_idx
         ranks = self._backend.rank, self._backend.num_ranks
         handle = CapacityHandle(topk_idx, routing.num_experts, ranks, capacity, routing.expand)
@@ -236,6 +246,15 @@ class Calls:
         self, rows: Rows, handle: AnyHandle, previous_event: Event, async_finish: bool
     ) -> tuple[Rows, EventOverlap]:
         """Run a cached dispatch; its outputs are filled later if `async_finish`."""
+        backend = self._backend
+        if isinstance(handle, DeviceHandle) and isinstance(backend, SyncFreeBackend):
+            return self.begin(
+                "cached dispatch",
+                lambda _announce: backend.dispatch_again_within(rows, handle),
+                inputs=rows.tensors(),
+                previous_event=previous_event,
+                async_finish=async_finish,
+            )
         received: Received | None = None
         if isinstance(handle, CapacityHandle):
             arrived = [_new_received(rows, handle)]
@@ -270,16 +289,20 @@ class Calls:
         async_finish: bool,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """Run a combine; its outputs are filled later if `async_finish`."""
-        combined = self._backend.new_combined(rows, handle)
+        backend = self._backend
+        combined = backend.new_combined(rows, handle)
 
         def call() -> None:
+            if isinstance(handle, DeviceHandle) and isinstance(backend, SyncFreeBackend):
+                backend.combine_within(rows, handle, biases, combined)
+                return
             exact_handle = exact(handle)
             num_rows, weights = exact_handle.num_recv_rows, rows.topk_weights
             there = rows
             if num_rows != rows.x.shape[0]:
                 weights = None if weights is None else weights[:num_rows]
                 there = replace(rows, x=rows.x[:num_rows], topk_weights=weights)
-            self._backend.combine(there, exact_handle, biases, combined)
+            backend.combine(there, exact_handle, biases, combined)
 
         event = self.run(
             "combine",
@@ -287,7 +310,7 @@ class Calls:
             inputs=(*rows.tensors(), *biases),
             previous_event=previous_event,
             async_finish=async_finish,
-            at_start=lambda: exact(handle),
+            at_start=None if isinstance(handle, DeviceHandle) else lambda: exact(handle),
         )
         return *combined, event
 

@@ -1,5 +1,6 @@
 """What one dispatch leaves for its combine and for both backward passes."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,11 @@ class DispatchHandle:
         return self.num_experts // self.num_ranks
 
 
+# What the first of a CapacityHandle's numbers says; ReportStatus in csrc/cuda/protocol.h.
+COMPLETE, TOO_MANY_ROWS = 1, 4
+_NUM_NUMBERS_BEFORE_EXPERTS = 2  # that status, and the rows
+
+
 class CapacityHandle:
     """The handle of a dispatch with `num_worst_tokens`: known before any count is.
 
@@ -116,12 +122,11 @@ class CapacityHandle:
     Attributes:
         rank: see `DispatchHandle`, as all that has no description here.
         num_worst_tokens: rows of every tensor that arrives, and that `combine` takes.
+        numbers: `[2 + 2L + R]` int32: how the dispatch ended, and what is below; all in one.
         num_recv_rows_tensor: `[1]` int32, the rows that are there; those behind mean nothing.
         num_recv_tokens_per_expert: `[L]` int32, rows per local expert, rounded up.
         num_valid_tokens_per_expert: `[L]` int32, the same before rounding.
         num_recv_tokens_per_rank: `[R]` int32, tokens that came from each rank.
-        has_overflowed: `[1]` bool, whether more rows than `num_worst_tokens` came to some rank; the
-            dispatch then raised on every rank.
     """
 
     def __init__(
@@ -131,17 +136,20 @@ class CapacityHandle:
         ranks: tuple[int, int],
         num_worst_tokens: int,
         expand: bool,
+        numbers: Tensor | None = None,
     ) -> None:
         self.rank, self.num_ranks = ranks
         self.num_tokens, self.num_topk = topk_idx.shape
         self.num_experts, self.num_worst_tokens = num_experts, num_worst_tokens
         self.expand = expand
-        self.num_recv_rows_tensor = topk_idx.new_zeros(1, dtype=torch.int32)
-        per_expert, per_rank = num_experts // self.num_ranks, self.num_ranks
-        self.num_recv_tokens_per_expert = topk_idx.new_zeros(per_expert, dtype=torch.int32)
-        self.num_valid_tokens_per_expert = topk_idx.new_zeros(per_expert, dtype=torch.int32)
-        self.num_recv_tokens_per_rank = topk_idx.new_zeros(per_rank, dtype=torch.int32)
-        self.has_overflowed = topk_idx.new_zeros(1, dtype=torch.bool)
+        if numbers is None:
+            size = num_numbers(num_experts, self.num_ranks)
+            numbers = topk_idx.new_zeros(size, dtype=torch.int32)
+        per_expert = num_experts // self.num_ranks
+        sizes = (1, 1, per_expert, per_expert, self.num_ranks)
+        self.numbers, parts = numbers, numbers.split(sizes)
+        self._status, self.num_recv_rows_tensor, self.num_recv_tokens_per_expert = parts[:3]
+        self.num_valid_tokens_per_expert, self.num_recv_tokens_per_rank = parts[3:]
         self._settled: DispatchHandle | None = None
 
     @property
@@ -149,19 +157,29 @@ class CapacityHandle:
         """Rows of tensors, `num_worst_tokens`."""
         return self.num_worst_tokens
 
+    @property
+    def has_overflowed(self) -> Tensor:
+        """`[1]` bool, whether more rows than `num_worst_tokens` came to some rank."""
+        is_too_many: Tensor = self._status == TOO_MANY_ROWS
+        return is_too_many
+
+    def check(self) -> None:
+        """Wait for the dispatch, and raise if it failed. Local, the same on all ranks.
+
+        Raises:
+            ValueError: if it did.
+        """
+        self.settled()
+
     def settle(self, handle: DispatchHandle) -> None:
         """Take over the numbers of the dispatch; raise if they exceed the capacity.
 
         Raises:
             ValueError: on every rank alike, as all know all numbers.
         """
-        most = max(handle.num_rows_per_rank)
-        if most > self.num_worst_tokens:
-            self.has_overflowed.fill_(True)
-            raise ValueError(
-                f"dispatch: expected at most num_worst_tokens = {self.num_worst_tokens} rows on a "
-                f"rank, got {most} on rank {handle.num_rows_per_rank.index(most)}; raise it"
-            )
+        if max(handle.num_rows_per_rank) > self.num_worst_tokens:
+            self._status.fill_(TOO_MANY_ROWS)
+            raise too_many_rows(self.num_worst_tokens, handle.num_rows_per_rank)
         self.num_recv_rows_tensor.fill_(handle.num_recv_rows)
         for name in (
             "num_recv_tokens_per_expert",
@@ -169,6 +187,7 @@ class CapacityHandle:
             "num_recv_tokens_per_rank",
         ):
             getattr(self, name).copy_(torch.tensor(getattr(handle, name), dtype=torch.int32))
+        self._status.fill_(COMPLETE)
         self._settled = handle
 
     def settled(self) -> DispatchHandle:
@@ -178,8 +197,61 @@ class CapacityHandle:
             ValueError: if it is not, or failed.
         """
         if self._settled is None:
-            raise ValueError("expected handle to be of a complete dispatch, got one that failed")
+            raise _incomplete()
         return self._settled
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DevicePlan:
+    """What kernels leave of a dispatch that no host has waited for.
+
+    Attributes:
+        plan_id: number of the dispatch that made the handle, as hosts count; the same on all ranks.
+        expert_alignment: see `DispatchHandle`.
+        numbers: see `CapacityHandle`.
+        routes: see `DispatchHandle`; all -1 if the dispatch failed.
+        links: likewise, with N the capacity; rows that did not come have none.
+    """
+
+    plan_id: int
+    expert_alignment: int
+    numbers: Tensor
+    routes: Tensor
+    links: Tensor | None
+
+
+class DeviceHandle(CapacityHandle):
+    """The handle of a dispatch that no host has waited for: its numbers are on the device alone.
+
+    It has what `DevicePlan` and `DispatchHandle` have under the same names.
+    """
+
+    def __init__(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        ranks: tuple[int, int],
+        num_worst_tokens: int,
+        expand: bool,
+        plan: DevicePlan,
+        raise_failure: Callable[[], None],
+    ) -> None:
+        super().__init__(topk_idx, num_experts, ranks, num_worst_tokens, expand, plan.numbers)
+        self.plan_id, self.expert_alignment = plan.plan_id, plan.expert_alignment
+        self.routes, self.links = plan.routes, plan.links
+        self.topk_idx = None if expand else topk_idx
+        self._raise_failure = raise_failure
+
+    def check(self) -> None:
+        """Wait on the host for the dispatch, and raise if it failed. Local, but alike on all ranks.
+
+        Raises:
+            ValueError: what a dispatch that the host waits for raises, once; then that it failed.
+            RuntimeError: if a rank did not come in time.
+        """
+        if int(self._status) != COMPLETE:
+            self._raise_failure()
+            raise _incomplete()
 
 
 AnyHandle = DispatchHandle | CapacityHandle
@@ -188,3 +260,21 @@ AnyHandle = DispatchHandle | CapacityHandle
 def exact(handle: AnyHandle) -> DispatchHandle:
     """Return a handle with all numbers; see `CapacityHandle.settled`."""
     return handle if isinstance(handle, DispatchHandle) else handle.settled()
+
+
+def num_numbers(num_experts: int, num_ranks: int) -> int:
+    """Return how many numbers a `CapacityHandle` has."""
+    return _NUM_NUMBERS_BEFORE_EXPERTS + 2 * (num_experts // num_ranks) + num_ranks
+
+
+def too_many_rows(num_worst_tokens: int, num_rows_per_rank: Sequence[int]) -> ValueError:
+    """Return the error of a dispatch that brings more rows than there is room for."""
+    most = max(num_rows_per_rank)
+    return ValueError(
+        f"dispatch: expected at most num_worst_tokens = {num_worst_tokens} rows on a "
+        f"rank, got {most} on rank {num_rows_per_rank.index(most)}; raise it"
+    )
+
+
+def _incomplete() -> ValueError:
+    return ValueError("expected handle to be of a complete dispatch, got one that failed")

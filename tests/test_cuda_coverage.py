@@ -6,6 +6,7 @@ The calls are compared with the reference bit for bit; what they leave out is co
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 from ep_megatron import _cuda
 from tests.cuda.calls import FLOATS, RECIPES, Drawn, check, check_drawn
 from tests.cuda.emulated import EmulatedDevice, Ranks
+from tests.cuda.nic import Nodes
+from tests.cuda.within import (
+    LATE,
+    check_drawn_within,
+    check_failures,
+    check_reduced_within,
+)
 from tests.emulator.coverage import Coverage
 from tests.emulator.machine import Fault, Machine
 from tests.test_cuda_backend import (
@@ -35,6 +43,9 @@ from tests.test_cuda_backend import (
     no_report,
     routing_of,
 )
+from tests.test_cuda_nodes import CASES as NODE_CASES
+from tests.test_cuda_nodes import check as check_nodes
+from tests.test_cuda_sync_free import check_late as check_late_within
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 LEAST = 0.98  # of all blocks; and none is missed for a reason that is not below
@@ -44,16 +55,19 @@ _FEW = "a strided loop goes round again; the bound is below the number of thread
 UNREACHABLE = {
     "(args.num_tokens + num_warps - 1) / num_warps": _LONG,
     "(valid + args.alignment - 1) / args.alignment": _LONG,
-    "(total + args.alignment - 1) / args.alignment": _LONG,
+    "(count.total + args.alignment - 1) / args.alignment": _LONG,
     "i < kLoads; ++i)": _LONG,
+    "i < num_routes; i += ": _LONG,
     "i < static_cast<int>(sizeof(PostHead) / 4)": _FEW,
     "reinterpret_cast<const uint32_t*>(&args.head)[i]": _FEW,
     "rank < kMaxRanks; rank += kNotifyThreads": _FEW,
     "post.per_rank[rank] = 0": _FEW,
-    "i < args.num_ranks * words_per_head": "four rounds, with 70 ranks and more",
+    "i < num_ranks * words_per_head": "four rounds, with 70 ranks and more",
     ".head)[i % words_per_head]": "four rounds, with 70 ranks and more",
     "i < num_ranks * num_ranks; i += kNotifyThreads": "four rounds, with 56 ranks and more",
     "posts[i / num_ranks].per_rank[i % num_ranks]": "four rounds, with 56 ranks and more",
+    "i < kExpertNumbers + 2 * args.experts_per_rank": "four rounds; there are three at the most",
+    "args.numbers[i] = 0": "four rounds; there are three at the most",
     "for (int source = 0; source < num_ranks; ++source)": "no ranks",
     "for (int other = 0; other < lanes_per_token; ++other)": "three lanes more: a power of two",
 }
@@ -110,10 +124,37 @@ def reduced_calls() -> Iterator[Machine]:
         ranks, mixed = Ranks(2, config=config), Ranks(2)
         for dtype in FLOATS:
             ranks.run(check_reduced, case, dtype)
+            ranks.run(check_reduced_within, case, dtype)
             mixed.run(check_mixed, case, dtype)
         for each in (ranks, mixed):
             no_report(each)
             yield each.machine
+
+
+def calls_within() -> Iterator[Machine]:
+    """Calls in which no host waits."""
+    for num_ranks, num_calls in ((2, 48), (8, 36)):
+        ranks = Ranks(num_ranks)
+        ranks.run(check_drawn_within, range(num_calls))
+        no_report(ranks)
+        yield ranks.machine
+    ranks = Ranks(3)
+    for case in (LATE, replace(LATE, num_tokens=(200, 90, 3), num_topk=8)):
+        ranks.run(check_failures, case)
+    no_report(ranks)
+    yield ranks.machine
+    ranks = Ranks(3, config=BufferConfig(timeout=3.0, num_sms=2))
+    with pytest.raises(Fault, match="trap"):
+        ranks.run(check_late_within)
+    yield ranks.machine
+
+
+def several_nodes() -> Iterator[Machine]:
+    """Sums of rows whose places the host knows."""
+    nodes = Nodes("AB")
+    for dtype in FLOATS:
+        nodes.run(check_nodes, NODE_CASES[2], "AB", dtype, False)
+    yield nodes.machine
 
 
 def calls_that_fail() -> Iterator[Machine]:
@@ -205,6 +246,8 @@ def test_every_block_of_the_kernels_runs_or_has_a_reason() -> None:
         large_calls,
         long_rows,
         reduced_calls,
+        calls_within,
+        several_nodes,
         calls_that_fail,
         casts_alone,
     ):

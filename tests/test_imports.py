@@ -70,6 +70,8 @@ FLOORS = [
         "backends.checked",
     },
     {"backends.device_links", "backends.host_counts", "backends.reach"},
+    {"backends.device_calls"},
+    {"backends.cuda_within"},
     {
         "backends.hierarchical",
         "backends.cuda",

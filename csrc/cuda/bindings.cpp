@@ -143,6 +143,10 @@ void bind_args(py::module_& m) {
         .add("rank", &NotifyArgs::rank)
         .add("num_ranks", &NotifyArgs::num_ranks)
         .add("ticket", &NotifyArgs::ticket)
+        .add("is_awaited", &NotifyArgs::is_awaited)
+        .add("capacity", &NotifyArgs::capacity)
+        .add("numbers", &NotifyArgs::numbers)
+        .add("slabs", &NotifyArgs::slabs)
         .add("state", &NotifyArgs::state)
         .add("report", &NotifyArgs::report)
         .add("timeout_ns", &NotifyArgs::timeout_ns);
@@ -160,6 +164,7 @@ void bind_args(py::module_& m) {
         .add("timeout_ns", &ArriveArgs::timeout_ns)
         .add("error", &ArriveArgs::error);
     Fields<DispatchArgs>(m, "DispatchArgs")
+        .add("state", &DispatchArgs::state)
         .add("x", &DispatchArgs::x)
         .add("scales", &DispatchArgs::scales)
         .add("weights", &DispatchArgs::weights)
@@ -192,7 +197,28 @@ void bind_args(py::module_& m) {
         .add("num_rows", &ExpandArgs::num_rows)
         .add("row_bytes", &ExpandArgs::row_bytes)
         .add("scale_bytes", &ExpandArgs::scale_bytes);
+    Fields<TakeArgs>(m, "TakeArgs")
+        .add("state", &TakeArgs::state)
+        .add("num_rows", &TakeArgs::num_rows)
+        .add("capacity", &TakeArgs::capacity)
+        .add("from_x", &TakeArgs::from_x)
+        .add("from_scales", &TakeArgs::from_scales)
+        .add("from_weights", &TakeArgs::from_weights)
+        .add("from_idx", &TakeArgs::from_idx)
+        .add("links", &TakeArgs::links)
+        .add("x", &TakeArgs::x)
+        .add("scales", &TakeArgs::scales)
+        .add("weights", &TakeArgs::weights)
+        .add("idx", &TakeArgs::idx)
+        .add("to_links", &TakeArgs::to_links)
+        .add("row_bytes", &TakeArgs::row_bytes)
+        .add("scale_bytes", &TakeArgs::scale_bytes)
+        .add("weight_bytes", &TakeArgs::weight_bytes)
+        .add("idx_bytes", &TakeArgs::idx_bytes);
     Fields<StageArgs>(m, "StageArgs")
+        .add("num_rows", &StageArgs::num_rows)
+        .add("row_bytes", &StageArgs::row_bytes)
+        .add("weight_row_bytes", &StageArgs::weight_row_bytes)
         .add("rows", &StageArgs::rows)
         .add("to_rows", &StageArgs::to_rows)
         .add("weights", &StageArgs::weights)
@@ -205,6 +231,7 @@ void bind_args(py::module_& m) {
         .add("num_rows", &ReduceArgs::num_rows)
         .add("row_bytes", &ReduceArgs::row_bytes);
     Fields<CombineArgs>(m, "CombineArgs")
+        .add("state", &CombineArgs::state)
         .add("routes", &CombineArgs::routes)
         .add("num_tokens", &CombineArgs::num_tokens)
         .add("num_topk", &CombineArgs::num_topk)
@@ -249,6 +276,7 @@ void bind_plans(py::module_& m) {
     m.def("plan_dispatch_cast", &plan_dispatch_cast, py::arg("args"), py::arg("dtype"),
           py::arg("num_sms"));
     m.def("plan_expand", &plan_expand, py::arg("args"), py::arg("num_sms"));
+    m.def("plan_take", &plan_take, py::arg("args"), py::arg("num_sms"));
     m.def("plan_stage", &plan_stage, py::arg("args"), py::arg("num_sms"));
     m.def("plan_reduce", &plan_reduce, py::arg("args"), py::arg("dtype"), py::arg("num_sms"));
     m.def("plan_combine", &plan_combine, py::arg("args"), py::arg("dtype"), py::arg("num_sms"));
@@ -308,12 +336,19 @@ void bind_report(py::module_& m) {
     m.attr("NEEDS_ROOM") = static_cast<uint32_t>(kNeedsRoom);
     m.attr("AGREED") = static_cast<uint32_t>(kAgreed);
     m.attr("DISAGREED") = static_cast<uint32_t>(kDisagreed);
+    m.attr("TOO_MANY_ROWS") = static_cast<uint32_t>(kTooManyRows);
+    m.attr("EXPERT_NUMBERS") = static_cast<int32_t>(kExpertNumbers);
+    m.attr("SLABS_BYTES") = sizeof(Slabs);
+    m.attr("MAX_SLABS") = kMaxSlabs;
+    m.attr("SLAB_SHIFT") = kSlabShift;
+    m.attr("NO_PLACE") = kNoPlace;
     m.attr("TIMED_OUT") = static_cast<uint32_t>(kTimedOut);
 }
 
 void bind_device(py::module_& m) {
     m.def("kernel_names", &kernel_names);
     m.def("count_devices", &count_devices);
+    m.def("kernel_names", &kernel_names);
     py::class_<Device>(m, "Device")
         .def(py::init<int>(), py::arg("ordinal"))
         .def_property_readonly("num_sms", &Device::num_sms)

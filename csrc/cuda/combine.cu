@@ -111,20 +111,34 @@ __device__ __forceinline__ void sum_row(
     }
 }
 
+/// Where this lane's row is, and whether it stands for all of its token's at that rank.
+struct Source {
+    const char* rows;
+    const char* weights;
+    bool is_reduced;
+};
+
+__device__ __forceinline__ Source source_of(const CombineArgs& args, int rank) {
+    if (args.state != nullptr)
+        return {args.state->rows[rank], args.state->weights[rank],
+                args.state->is_reduced[rank] != 0};
+    return {args.from_x[rank], args.from_weights[rank], args.is_reduced[rank] != 0};
+}
+
 /// Weights come back likewise, lane k for slot k; in their own dtype.
 template <class Weight>
 __device__ __forceinline__ void sum_weights(
-    const CombineArgs& args, int num_rows, int rank, int row, int slot, int64_t token) {
+    const CombineArgs& args, int num_rows, const char* weights, int row, int slot, int64_t token) {
     const int lane = threadIdx.x % kWarpSize;
     Weight total{0};
     for (int k = 0; k < num_rows; ++k) {
-        const int from_rank = from_lane(rank, k), from_row = from_lane(row, k);
-        const int from_slot = from_lane(slot, k);
-        const auto* weights = reinterpret_cast<const Weight*>(args.from_weights[from_rank]);
+        const auto* from = reinterpret_cast<const Weight*>(from_lane(weights, k));
+        const int from_row = from_lane(row, k), from_slot = from_lane(slot, k);
         if (args.expand) {
-            if (lane == from_slot) total = weights[from_row];
+            if (lane == from_slot) total = load_global(from + from_row);
         } else if (lane < args.num_topk) {
-            const Weight value = weights[static_cast<int64_t>(from_row) * args.num_topk + lane];
+            const Weight value =
+                load_global(from + static_cast<int64_t>(from_row) * args.num_topk + lane);
             total = k == 0 ? value : total + value;  // -0.0 must survive
         }
     }
@@ -134,6 +148,7 @@ __device__ __forceinline__ void sum_weights(
 
 template <class D>
 __device__ __forceinline__ void combine(const CombineArgs& args) {
+    if (args.state != nullptr && args.state->is_agreed == 0) return;
     const int lane = threadIdx.x % kWarpSize;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
@@ -142,35 +157,44 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
         const int64_t at = token * args.num_topk + lane;
         int rank = -1, row = 0, slot = 0;
         if (lane < args.num_topk) rank = args.routes[at];
+        Source source{nullptr, nullptr, false};
         if (rank >= 0) {
             row = args.routes[plane + at];
             slot = args.routes[2 * plane + at];
+            source = source_of(args, rank);
         }
         const unsigned routes = __ballot_sync(kAllLanes, rank >= 0);
         const int rank_before = __shfl_up_sync(kAllLanes, rank, 1);
         const bool is_first = lane == 0 || rank != rank_before;
-        const bool is_read = rank >= 0 && (is_first || args.is_reduced[rank] == 0);
+        const bool is_read = rank >= 0 && (is_first || !source.is_reduced);
         Addends addends;
         addends.rows = __ballot_sync(kAllLanes, is_read);
         addends.group_starts = __ballot_sync(kAllLanes, is_first);
-        addends.row = nullptr;
-        if (is_read) addends.row = args.from_x[rank] + static_cast<int64_t>(row) * args.row_bytes;
+        addends.row = source.rows + static_cast<int64_t>(row) * args.row_bytes;
         const int64_t offset = token * args.row_bytes;
         sum_row<D>(addends, args.bias_0 == nullptr ? nullptr : args.bias_0 + offset,
                    args.bias_1 == nullptr ? nullptr : args.bias_1 + offset, args.out + offset,
                    args.row_bytes);
         if (args.weight_bytes == 4)
-            sum_weights<float>(args, __popc(routes), rank, row, slot, token);
+            sum_weights<float>(args, __popc(routes), source.weights, row, slot, token);
         if (args.weight_bytes == 8)
-            sum_weights<double>(args, __popc(routes), rank, row, slot, token);
+            sum_weights<double>(args, __popc(routes), source.weights, row, slot, token);
     }
+}
+
+/// Of `num_bytes`, those of the rows that are there.
+__device__ __forceinline__ int64_t bytes_there(const StageArgs& args,
+                                               int64_t num_bytes,
+                                               int row_bytes) {
+    return args.num_rows == nullptr ? num_bytes : static_cast<int64_t>(*args.num_rows) * row_bytes;
 }
 
 __device__ __forceinline__ void stage_weights(const StageArgs& args) {
     const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t num_bytes = bytes_there(args, args.num_weight_bytes, args.weight_row_bytes);
 #pragma unroll 1
-    for (int64_t at = thread * 4; at < args.num_weight_bytes; at += num_threads * 4)
+    for (int64_t at = thread * 4; at < num_bytes; at += num_threads * 4)
         *reinterpret_cast<uint32_t*>(args.to_weights + at) =
             *reinterpret_cast<const uint32_t*>(args.weights + at);
 }
@@ -205,7 +229,8 @@ template <class D>
 __device__ __forceinline__ void reduce(const ReduceArgs& args) {
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-    for (int64_t head = warp; head < args.num_rows; head += num_warps) {
+    const int64_t num_rows = args.stage.num_rows == nullptr ? args.num_rows : *args.stage.num_rows;
+    for (int64_t head = warp; head < num_rows; head += num_warps) {
         if (args.links[head].head != head) continue;
         const int64_t mine = row_of_token(args.links, head);
         const unsigned rows = __ballot_sync(kAllLanes, mine >= 0);
@@ -228,16 +253,17 @@ EP_ROW_KERNEL ep_stage_kernel(const __grid_constant__ StageArgs args) {
     constexpr int kLoads = 4;
     const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    for (int64_t at = thread * kLaneBytes; at < args.num_row_bytes;
+    const int64_t num_bytes = bytes_there(args, args.num_row_bytes, args.row_bytes);
+    for (int64_t at = thread * kLaneBytes; at < num_bytes;
          at += kLoads * num_threads * kLaneBytes) {
         uint4 values[kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
-            if (at + i * num_threads * kLaneBytes < args.num_row_bytes)
+            if (at + i * num_threads * kLaneBytes < num_bytes)
                 values[i] = load_16(args.rows + at + i * num_threads * kLaneBytes);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
-            if (at + i * num_threads * kLaneBytes < args.num_row_bytes)
+            if (at + i * num_threads * kLaneBytes < num_bytes)
                 store_16(args.to_rows + at + i * num_threads * kLaneBytes, values[i]);
     }
     stage_weights(args);

@@ -28,6 +28,7 @@
     X(ep_cast_float16_kernel, CastArgs)               \
     X(ep_cast_float32_kernel, CastArgs)               \
     X(ep_expand_kernel, ExpandArgs)                   \
+    X(ep_take_kernel, TakeArgs)                       \
     X(ep_reduce_bfloat16_kernel, ReduceArgs)          \
     X(ep_reduce_float16_kernel, ReduceArgs)           \
     X(ep_reduce_float32_kernel, ReduceArgs)           \

@@ -37,11 +37,22 @@ __device__ __forceinline__ Routes load_routes(const DispatchArgs& args, int64_t 
     return routes;
 }
 
+/// Where a part of a rank's rows starts.
+template <class Part>
+__device__ __forceinline__ Part* start_of(const DispatchArgs& args, Part* const* starts, int rank) {
+    if (args.state == nullptr) return starts[rank];
+    return reinterpret_cast<Part*>(args.state->rows[rank] +
+                                   reinterpret_cast<uintptr_t>(starts[rank]));
+}
+
 /// Where this lane's route puts a part of the row, or null: a row that is not the first of its
 /// token at a rank is copied there.
-__device__ __forceinline__ char* target(char* const* starts, const Routes& routes, int num_bytes) {
+__device__ __forceinline__ char* target(const DispatchArgs& args,
+                                        char* const* starts,
+                                        const Routes& routes,
+                                        int num_bytes) {
     if (routes.rank < 0 || routes.link.head != routes.row) return nullptr;
-    return starts[routes.rank] + static_cast<int64_t>(routes.row) * num_bytes;
+    return start_of(args, starts, routes.rank) + static_cast<int64_t>(routes.row) * num_bytes;
 }
 
 /// Expert ids and weights of a row that stands for all of its token's slots on a rank: lane k does
@@ -67,10 +78,13 @@ __device__ __forceinline__ void push_columns(const DispatchArgs& args,
         if (lane >= args.num_topk) continue;
         const bool is_local = rank_of_expert == rank;
         const int local = is_local ? expert % args.experts_per_rank : -1;
-        if (args.idx_bytes == 8) reinterpret_cast<int64_t*>(args.to_idx[rank])[place] = local;
-        if (args.idx_bytes == 4) reinterpret_cast<int32_t*>(args.to_idx[rank])[place] = local;
+        char* to_idx = start_of(args, args.to_idx, rank);
+        if (args.idx_bytes == 8)
+            store_global(reinterpret_cast<int64_t*>(to_idx) + place, int64_t{local});
+        if (args.idx_bytes == 4) store_global(reinterpret_cast<int32_t*>(to_idx) + place, local);
         if (args.weight_bytes != 0)
-            reinterpret_cast<Weight*>(args.to_weights[rank])[place] = is_local ? weight : Weight{0};
+            store_global(reinterpret_cast<Weight*>(start_of(args, args.to_weights, rank)) + place,
+                         is_local ? weight : Weight{0});
     }
 }
 
@@ -85,9 +99,11 @@ __device__ __forceinline__ void push_beside(const DispatchArgs& args,
     }
     if (routes.rank < 0) return;
     if (args.weight_bytes != 0)
-        reinterpret_cast<Weight*>(args.to_weights[routes.rank])[routes.row] =
-            reinterpret_cast<const Weight*>(args.weights)[token * args.num_topk + routes.slot];
-    if (args.link_bytes != 0) args.to_links[routes.rank][routes.row] = routes.link;
+        store_global(
+            reinterpret_cast<Weight*>(start_of(args, args.to_weights, routes.rank)) + routes.row,
+            reinterpret_cast<const Weight*>(args.weights)[token * args.num_topk + routes.slot]);
+    if (args.link_bytes != 0)
+        store_global(start_of(args, args.to_links, routes.rank) + routes.row, routes.link);
 }
 
 /// Fill an item of at most 128 bytes.
@@ -101,6 +117,10 @@ __device__ __forceinline__ void clear_padding(const DispatchArgs& args,
                                               int64_t warp,
                                               int64_t num_warps) {
     if (!args.expand || args.alignment == 1) return;
+    char* to_x = start_of(args, args.to_x, args.rank);
+    char* to_scales = start_of(args, args.to_scales, args.rank);
+    char* to_weights = start_of(args, args.to_weights, args.rank);
+    RowLink* to_links = start_of(args, args.to_links, args.rank);
     int64_t block_start = 0, num_before = 0;  // padding rows of the blocks before
     for (int expert = 0; expert < args.experts_per_rank; ++expert) {
         const int64_t valid = args.valid[expert];
@@ -108,16 +128,15 @@ __device__ __forceinline__ void clear_padding(const DispatchArgs& args,
         int64_t first = (warp - num_before) % num_warps;
         if (first < 0) first += num_warps;
         for (int64_t row = block_start + valid + first; row < block_start + end; row += num_warps) {
-            char* x = args.to_x[args.rank] + row * args.out_row_bytes;
+            char* x = to_x + row * args.out_row_bytes;
             for (int at = threadIdx.x % kWarpSize * kLaneBytes; at < args.out_row_bytes;
                  at += kStepBytes)
                 store_16(x + at, make_uint4(0, 0, 0, 0));
-            char* scales = args.to_scales[args.rank] + row * args.scale_bytes;
+            char* scales = to_scales + row * args.scale_bytes;
             for (int at = threadIdx.x % kWarpSize * 4; at < args.scale_bytes; at += kWarpSize * 4)
                 store_4(scales + at, 0);
-            fill_item(args.to_weights[args.rank] + row * args.weight_bytes, args.weight_bytes, 0);
-            fill_item(reinterpret_cast<char*>(args.to_links[args.rank] + row), args.link_bytes,
-                      kNoRow);
+            fill_item(to_weights + row * args.weight_bytes, args.weight_bytes, 0);
+            fill_item(reinterpret_cast<char*>(to_links + row), args.link_bytes, kNoRow);
         }
         block_start += end;
         num_before += end - valid;
@@ -126,6 +145,7 @@ __device__ __forceinline__ void clear_padding(const DispatchArgs& args,
 
 template <class MoveRow>
 __device__ __forceinline__ void push(const DispatchArgs& args, MoveRow move_row) {
+    if (args.state != nullptr && args.state->is_agreed == 0) return;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
     for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
@@ -143,8 +163,8 @@ __device__ __forceinline__ void push(const DispatchArgs& args, MoveRow move_row)
 template <class D>
 __device__ __forceinline__ void push_cast(const DispatchArgs& args) {
     push(args, [&](const char* x, const Routes& routes, int64_t) {
-        push_cast_row<D>(x, target(args.to_x, routes, args.out_row_bytes),
-                         target(args.to_scales, routes, args.scale_bytes), args.out_row_bytes,
+        push_cast_row<D>(x, target(args, args.to_x, routes, args.out_row_bytes),
+                         target(args, args.to_scales, routes, args.scale_bytes), args.out_row_bytes,
                          args.recipe);
     });
 }
@@ -169,10 +189,10 @@ __device__ __forceinline__ void cast(const CastArgs& args) {
 
 EP_ROW_KERNEL ep_dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     push(args, [&](const char* x, const Routes& routes, int64_t token) {
-        push_row(x, target(args.to_x, routes, args.row_bytes), args.row_bytes);
+        push_row(x, target(args, args.to_x, routes, args.row_bytes), args.row_bytes);
         if (args.scale_bytes != 0)
             push_words(args.scales + token * args.scale_bytes,
-                       target(args.to_scales, routes, args.scale_bytes), args.scale_bytes);
+                       target(args, args.to_scales, routes, args.scale_bytes), args.scale_bytes);
     });
 }
 

@@ -120,6 +120,8 @@ Launch plan_route(ScanArgs args, int num_sms) {
 Launch plan_notify(const NotifyArgs& args) {
     check_ranks("notify", args.num_ranks, args.rank);
     require(args.ticket != 0, "notify", "the number of the host's wait", "at least 1", args.ticket);
+    require(args.numbers == nullptr || args.has_counts, "notify", "the numbers",
+            "those of a fresh dispatch", args.has_counts);
     if (args.has_counts) {
         require_range("notify", "num_experts", args.num_experts, 1, kMaxExperts);
         require_range("notify", "expert_alignment", args.alignment, 1, 1 << 20);
@@ -166,6 +168,17 @@ Launch plan_expand(const ExpandArgs& args, int num_sms) {
     require_aligned("expand", "the address of the rows", args.x, 16);
     require_aligned("expand", "the address of the links", args.links, 8);
     return launch_rows("ep_expand_kernel", blocks_for(args.num_rows, num_sms), args);
+}
+
+Launch plan_take(const TakeArgs& args, int num_sms) {
+    check_row("take", args.row_bytes, kMaxItemBytes);  // of whatever dtype
+    require_multiple("take", "the bytes of a row's scales", args.scale_bytes, 4);
+    require_multiple("take", "the bytes of a row's weights", args.weight_bytes, 4);
+    require_multiple("take", "the bytes of a row's indices", args.idx_bytes, 4);
+    require_range("take", "the rows", args.capacity, 1, kMaxSlots);
+    require_aligned("take", "where the rows go", args.x, 16);
+    require_aligned("take", "the address of the links", args.links, 8);
+    return launch_rows("ep_take_kernel", blocks_for(args.capacity, num_sms), args);
 }
 
 Launch plan_stage(const StageArgs& args, int num_sms) {

@@ -33,6 +33,7 @@ Launch plan_dispatch(const DispatchArgs& args, int num_sms);
 /// Rows of `dtype` cast to e4m3 on the way; not from float64.
 Launch plan_dispatch_cast(const DispatchArgs& args, DType dtype, int num_sms);
 Launch plan_expand(const ExpandArgs& args, int num_sms);
+Launch plan_take(const TakeArgs& args, int num_sms);
 Launch plan_stage(const StageArgs& args, int num_sms);
 Launch plan_reduce(const ReduceArgs& args, DType dtype, int num_sms);
 Launch plan_combine(const CombineArgs& args, DType dtype, int num_sms);

@@ -86,40 +86,128 @@ __device__ __forceinline__ bool agrees(const PostHead& head, const PostHead& fir
     return is_same;
 }
 
-/// From all ranks' counts: totals for the host, and the row of this rank's first token per key.
-__device__ __forceinline__ void address(const NotifyArgs& args,
-                                        const Post* posts,
-                                        uint32_t* scanned) {
-    const int num_ranks = args.num_ranks, thread = threadIdx.x;
-    for (int i = thread; i < num_ranks * num_ranks; i += kNotifyThreads)
-        args.report->per_rank[i] = posts[i / num_ranks].per_rank[i % num_ranks];
-    if (!args.expand && thread < num_ranks) {
-        int32_t start = 0;
-        for (int source = 0; source < args.rank; ++source) start += posts[source].per_rank[thread];
-        args.key_starts[thread] = start;
+/// Slots of expert `threadIdx.x`, of all ranks and of those before this one.
+struct ExpertCount {
+    int64_t total, before;
+};
+
+__device__ __forceinline__ ExpertCount count_slots(const NotifyArgs& args, const Post* posts) {
+    ExpertCount count{0, 0};
+    if (static_cast<int>(threadIdx.x) >= args.num_experts) return count;
+    for (int source = 0; source < args.num_ranks; ++source) {
+        if (source == args.rank) count.before = count.total;
+        count.total += posts[source].per_expert[threadIdx.x];
     }
-    int64_t total = 0, before = 0;
-    if (thread < args.num_experts) {
-        for (int source = 0; source < num_ranks; ++source) {
-            if (source == args.rank) before = total;
-            total += posts[source].per_expert[thread];
-        }
-        args.report->per_expert[thread] = total;
+    return count;
+}
+
+/// Rows of all this thread's keys, and where the last of a rank's keys is this thread's, of a rank.
+struct RowCount {
+    uint32_t rows;
+    bool is_whole;
+    int rank;
+};
+
+/// By rank: thread r counts what comes to rank r.
+__device__ __forceinline__ RowCount address_by_rank(const NotifyArgs& args, const Post* posts) {
+    const int thread = threadIdx.x;
+    if (thread >= args.num_ranks) return {0, false, 0};
+    int64_t rows = 0;
+    for (int source = 0; source < args.num_ranks; ++source) {
+        if (source == args.rank) args.key_starts[thread] = static_cast<int32_t>(rows);
+        rows += posts[source].per_rank[thread];
     }
-    if (!args.expand) return;
-    // Sums of the blocks of the experts before, among those of the same rank. More than 2^31 rows
-    // wrap here; the host, which adds in 64 bits, then stops the call.
-    const auto rows =
-        static_cast<uint32_t>((total + args.alignment - 1) / args.alignment * args.alignment);
+    return {static_cast<uint32_t>(min(rows, kMaxSlots)), true, thread};
+}
+
+/// By expert: sums of the blocks of the experts before, among those of the same rank.
+__device__ __forceinline__ RowCount address_by_expert(const NotifyArgs& args,
+                                                      const ExpertCount& count,
+                                                      uint32_t rows,
+                                                      uint32_t* scanned) {
+    const int thread = threadIdx.x, local = thread % args.experts_per_rank;
     uint32_t sum = rows;
     for (int distance = 1; distance < args.experts_per_rank; distance *= 2) {
         scanned[thread] = sum;
         __syncthreads();
-        if (thread % args.experts_per_rank >= distance) sum += scanned[thread - distance];
+        if (local >= distance)
+            sum = min(sum + scanned[thread - distance], static_cast<uint32_t>(kMaxSlots));
         __syncthreads();
     }
-    if (thread < args.num_experts)
-        args.key_starts[thread] = static_cast<int32_t>(sum - rows + static_cast<uint32_t>(before));
+    if (thread >= args.num_experts) return {0, false, 0};
+    args.key_starts[thread] =
+        static_cast<int32_t>(sum - rows + static_cast<uint32_t>(count.before));
+    return {sum, local == args.experts_per_rank - 1, thread / args.experts_per_rank};
+}
+
+/// Put the row of this rank's first token per key where route finds it, and this rank's numbers
+/// where the caller does. Returns whether the rows of the rank that this thread stands for fit.
+__device__ __forceinline__ bool address(const NotifyArgs& args,
+                                        const Post* posts,
+                                        const ExpertCount& count,
+                                        uint32_t* scanned) {
+    const int thread = threadIdx.x, per_rank = args.experts_per_rank;
+    // Beyond 2^31 - 1 a sum stays there; the host, which adds in 64 bits, then stops the call.
+    const auto rows = static_cast<uint32_t>(
+        min((count.total + args.alignment - 1) / args.alignment * args.alignment, kMaxSlots));
+    const RowCount whole =
+        args.expand ? address_by_expert(args, count, rows, scanned) : address_by_rank(args, posts);
+    if (args.numbers == nullptr) return true;
+    int32_t* of_experts = args.numbers + kExpertNumbers;
+    if (thread < args.num_experts && thread / per_rank == args.rank) {
+        of_experts[thread % per_rank] = static_cast<int32_t>(rows);
+        of_experts[per_rank + thread % per_rank] = static_cast<int32_t>(count.total);
+    }
+    if (thread < args.num_ranks)
+        of_experts[2 * per_rank + thread] = posts[thread].per_rank[args.rank];
+    if (!whole.is_whole) return true;
+    if (whole.rank == args.rank) args.numbers[kRowsNumber] = static_cast<int32_t>(whole.rows);
+    return static_cast<int64_t>(whole.rows) <= args.capacity;
+}
+
+__device__ __forceinline__ char* look_up(const NotifyArgs& args, int rank, uint64_t place) {
+    if (place == kNoPlace) return nullptr;
+    const uint64_t start = args.slabs->starts[rank][place >> kSlabShift];
+    return reinterpret_cast<char*>(start + (place & ((uint64_t{1} << kSlabShift) - 1)));
+}
+
+/// Leave for later kernels where all ranks' rows are.
+__device__ __forceinline__ void find_rows(const NotifyArgs& args, const Post* posts) {
+    const int rank = threadIdx.x;
+    if (rank >= args.num_ranks) return;
+    const PostHead& head = posts[rank].head;
+    args.state->rows[rank] = look_up(args, rank, head.rows_place);
+    args.state->weights[rank] = look_up(args, rank, head.weights_place);
+    args.state->is_reduced[rank] = head.rows_bytes == 1;
+}
+
+/// Tell the host, or who looks later, what the ranks said. `seen`: of rank `threadIdx.x`.
+__device__ __forceinline__ void tell(const NotifyArgs& args,
+                                     const Post* posts,
+                                     const ExpertCount& count,
+                                     uint32_t epoch,
+                                     uint32_t status,
+                                     uint32_t seen) {
+    const int num_ranks = args.num_ranks, thread = threadIdx.x;
+    Report* report = args.report;
+    if (thread < num_ranks) report->seen[thread] = seen;
+    if (status != kTimedOut) {
+        const int words_per_head = sizeof(PostHead) / 16;
+        for (int i = thread; i < num_ranks * words_per_head; i += kNotifyThreads)
+            reinterpret_cast<uint4*>(report->heads)[i] =
+                reinterpret_cast<const uint4*>(&posts[i / words_per_head].head)[i % words_per_head];
+    }
+    if (args.has_counts && (status == kAgreed || status == kTooManyRows)) {
+        for (int i = thread; i < num_ranks * num_ranks; i += kNotifyThreads)
+            report->per_rank[i] = posts[i / num_ranks].per_rank[i % num_ranks];
+        if (thread < args.num_experts) report->per_expert[thread] = count.total;
+    }
+    if (thread == 0) {
+        report->epoch = epoch;
+        report->status = status;
+    }
+    __syncthreads();  // all threads' part of the report before the flag
+    if (thread == 0) store_release_system(&report->ticket, args.ticket);
 }
 
 }  // namespace
@@ -140,32 +228,41 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     push_post(args, post, epoch);
 
     const Control* own = args.control[args.rank];
-    bool is_there = true;
-    if (thread < args.num_ranks) {
-        const uint32_t seen = wait_for_epoch(&own->posted[thread], epoch, args.timeout_ns);
-        is_there = static_cast<int32_t>(seen - epoch) >= 0;
-        args.report->seen[thread] = seen;
-    }
+    uint32_t seen = epoch;
+    if (thread < args.num_ranks)
+        seen = wait_for_epoch(&own->posted[thread], epoch, args.timeout_ns);
     // From here on every thread sees every post.
-    const bool are_all_there = __syncthreads_and(is_there);
+    const bool are_all_there = __syncthreads_and(static_cast<int32_t>(seen - epoch) >= 0);
     const Post* posts = own->posts[epoch % 2];
-    bool is_agreed = are_all_there;
+    uint32_t status = kTimedOut;
+    ExpertCount count{0, 0};
     if (are_all_there) {
-        is_agreed = __syncthreads_and(thread >= args.num_ranks ||
-                                      agrees(posts[thread].head, posts[0].head));
-        const int words_per_head = sizeof(PostHead) / 16;
-        for (int i = thread; i < args.num_ranks * words_per_head; i += kNotifyThreads)
-            reinterpret_cast<uint4*>(args.report->heads)[i] =
-                reinterpret_cast<const uint4*>(&posts[i / words_per_head].head)[i % words_per_head];
-        if (is_agreed && args.has_counts) address(args, posts, scanned);
+        status = kDisagreed;
+        if (__syncthreads_and(thread >= args.num_ranks ||
+                              agrees(posts[thread].head, posts[0].head))) {
+            bool fits = true;
+            if (args.has_counts) {
+                count = count_slots(args, posts);
+                fits = address(args, posts, count, scanned);
+            }
+            find_rows(args, posts);
+            status = __syncthreads_and(fits) ? kAgreed : kTooManyRows;
+        }
     }
+    if (args.numbers != nullptr && status != kAgreed)
+        for (int i = thread; i < kExpertNumbers + 2 * args.experts_per_rank + args.num_ranks;
+             i += kNotifyThreads)
+            args.numbers[i] = 0;
+    const bool tells = args.is_awaited || (status != kAgreed && args.report->ticket == 0);
     if (thread == 0) {
-        *args.state = {epoch, is_agreed};
-        args.report->epoch = epoch;
-        args.report->status = is_agreed ? kAgreed : are_all_there ? kDisagreed : kTimedOut;
+        args.state->epoch = epoch;
+        args.state->is_agreed = status == kAgreed;
+        if (args.numbers != nullptr) args.numbers[kStatusNumber] = static_cast<int32_t>(status);
     }
-    __syncthreads();  // all threads' part of the report before the flag
-    if (thread == 0) store_release_system(&args.report->ticket, args.ticket);
+    if (tells) tell(args, posts, count, epoch, status, seen);
+    // Where nobody on the host waits for this call, what comes behind it must not go on, as in
+    // arrive.
+    if (thread == 0 && !args.is_awaited && status == kTimedOut) trap();
 }
 
 extern "C" __global__ void __launch_bounds__(kArriveThreads)
@@ -173,6 +270,7 @@ extern "C" __global__ void __launch_bounds__(kArriveThreads)
     const int thread = threadIdx.x;
     const bool is_rank = thread < args.num_ranks;
     const uint32_t epoch = args.state->epoch;
+    if (args.state->is_agreed == 0) return;
     if (is_rank) store_release_system(&args.control[thread]->arrived[args.rank], epoch);
     if (!args.waits) return;
     uint32_t seen = epoch;

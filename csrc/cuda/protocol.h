@@ -27,6 +27,9 @@ constexpr int kArriveThreads = 96;    // one per rank
 constexpr int kRowWarps = 16;         // of a block of the kernels that move rows
 constexpr int kCastColumns = 16;      // that a lane casts; a block of 128 or 32 is 8 or 2 lanes
 constexpr int kNumCallFields = 16;
+constexpr int kMaxSlabs = 64;   // of a rank's shared memory
+constexpr int kSlabShift = 48;  // a place is a slab's number and, below, an offset in it
+constexpr uint64_t kNoPlace = ~uint64_t{0};
 constexpr int kErrorBytes = 512;
 
 /// Why a rank may not go on with a call.
@@ -65,17 +68,33 @@ struct alignas(16) Control {
     Post posts[2][kMaxRanks];
 };
 
+/// Where every rank's shared memory is seen from this one: mapped host memory, to which the host
+/// adds and in which it changes nothing.
+struct Slabs {
+    uint64_t starts[kMaxRanks][kMaxSlabs];
+};
+
 /// What notify leaves for the kernels of its call that come behind it: this rank's own device
 /// memory, zeroed once.
 struct alignas(16) CallState {
-    uint32_t epoch;  // of the call that was last begun; notify counts
-    uint32_t is_agreed;
+    uint32_t epoch;                 // of the call that was last begun; notify counts
+    uint32_t is_agreed;             // else no row moves, and nobody arrives
+    char* rows[kMaxRanks];          // where every rank's rows go or are, as its post says
+    char* weights[kMaxRanks];       // combine: where its weights are
+    uint8_t is_reduced[kMaxRanks];  // combine: whether its rows are sums
 };
 
-enum ReportStatus : uint32_t { kAgreed = 1, kDisagreed = 2, kTimedOut = 3 };
+enum ReportStatus : uint32_t { kAgreed = 1, kDisagreed = 2, kTimedOut = 3, kTooManyRows = 4 };
 
-/// Mapped host memory: what notify tells the host. Written by one kernel at a time, which the host
-/// has waited for before it launches the next.
+/// What a dispatch into a fixed number of rows tells its caller on the device: so many int32, then
+/// for each of this rank's L experts the rows rounded up to the alignment, the same before
+/// rounding, and for each rank the tokens that came from there. All zero but the status if it
+/// failed.
+enum NumberIndex : int32_t { kStatusNumber, kRowsNumber, kExpertNumbers };
+
+/// Mapped host memory: what notify tells the host. There are two: one of the call that the host
+/// waits for, before it launches the next; and one of the first call that failed while no host was
+/// waiting, until the host has read it and made its ticket 0.
 struct alignas(16) Report {
     uint32_t ticket;  // of the host's wait; written last (release, system scope): the rest is of it
     uint32_t epoch;
@@ -119,6 +138,7 @@ struct NotifyArgs {
     int32_t rank;
     int32_t num_ranks;
     uint32_t ticket;     // for the report, at least 1
+    int32_t is_awaited;  // by the host; else there is a report of a failure alone
     int32_t has_counts;  // a fresh dispatch; the rest of this part only then
     int32_t num_experts;
     int32_t experts_per_rank;
@@ -130,7 +150,10 @@ struct NotifyArgs {
     const uint32_t* block_bad;
     const void* topk_idx;
     int32_t* key_starts;
+    int64_t capacity;  // rows of every rank in a dispatch that no host waits for
+    int32_t* numbers;  // of such a dispatch, see NumberIndex
     CallState* state;
+    const Slabs* slabs;
     Report* report;
     uint64_t timeout_ns;
     PostHead head;
@@ -188,8 +211,11 @@ struct DispatchArgs {
     int32_t expand;
     int32_t experts_per_rank;
     int32_t rank;
-    CastRecipe recipe;      // of rows that are cast
-    char* to_x[kMaxRanks];  // where each rank's parts start
+    CastRecipe recipe;  // of rows that are cast
+    // Where each rank's parts start: addresses, or where there is a state, offsets behind the
+    // places that it holds; then all depends on whether ranks agree.
+    const CallState* state;
+    char* to_x[kMaxRanks];
     char* to_scales[kMaxRanks];
     char* to_weights[kMaxRanks];
     char* to_idx[kMaxRanks];
@@ -206,6 +232,29 @@ struct ExpandArgs {
     int32_t scale_bytes;
 };
 
+/// What has come into a block of shared memory, of fixed size, goes on into tensors of as many
+/// rows; null where a part is absent. A row that stands for others of its token goes to all of
+/// them.
+struct TakeArgs {
+    const CallState* state;
+    const int32_t* num_rows;  // that came; where ranks do not agree, none did
+    int64_t capacity;
+    const char* from_x;
+    const char* from_scales;
+    const char* from_weights;
+    const char* from_idx;
+    const RowLink* links;
+    char* x;            // [capacity, row_bytes]; behind what came it keeps what it holds
+    char* scales;       // [capacity, scale_bytes] likewise
+    char* weights;      // [capacity, weight_bytes]; 0 behind what came
+    char* idx;          // [capacity, idx_bytes]; -1 behind what came
+    RowLink* to_links;  // [capacity]; none behind what came
+    int32_t row_bytes;
+    int32_t scale_bytes;
+    int32_t weight_bytes;  // of a row's weights, a multiple of 4
+    int32_t idx_bytes;     // likewise
+};
+
 struct StageArgs {
     const char* rows;  // num_row_bytes, a multiple of 16
     char* to_rows;
@@ -213,6 +262,9 @@ struct StageArgs {
     char* to_weights;
     int64_t num_row_bytes;
     int64_t num_weight_bytes;
+    const int32_t* num_rows;   // or null: only so many rows, and their weights, are there
+    int32_t row_bytes;         // beside num_rows
+    int32_t weight_row_bytes;  // likewise
 };
 
 /// Stage the sums of what belongs to one token instead of rows: into the head's place.
@@ -225,7 +277,8 @@ struct ReduceArgs {
 };
 
 struct CombineArgs {
-    const int32_t* routes;  // [3, T, K]
+    const CallState* state;  // or null: addresses are those below, and all ranks agree
+    const int32_t* routes;   // [3, T, K]
     int64_t num_tokens;
     int32_t num_topk;
     int32_t row_bytes;

@@ -21,7 +21,18 @@ __device__ __forceinline__ T* from_lane(T* pointer, int lane) {
         __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
-// The compiler does not know that a pointer from another lane is one to global memory.
+// The compiler does not know that a pointer from another lane, or from memory, is one to global
+// memory.
+template <class T>
+__device__ __forceinline__ T load_global(const T* from) {
+    __builtin_assume(__isGlobal(from));
+    return *from;
+}
+template <class T>
+__device__ __forceinline__ void store_global(T* to, T value) {
+    __builtin_assume(__isGlobal(to));
+    *to = value;
+}
 __device__ __forceinline__ uint4 load_16(const char* from) {
     __builtin_assume(__isGlobal(from));
     return *reinterpret_cast<const uint4*>(from);

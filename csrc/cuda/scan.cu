@@ -121,8 +121,13 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
 extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
     ep_route_kernel(const __grid_constant__ ScanArgs args) {
     extern __shared__ int32_t next_rows[];  // [warps, keys]
-    if (args.state->is_agreed == 0)
-        return;  // the counts are of no use, and nobody wants the routes
+    if (args.state->is_agreed == 0) {       // the counts are of no use; no row has a way
+        const int64_t num_routes = 3 * args.num_tokens * args.num_topk;
+        const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+        for (int64_t i = thread; i < num_routes; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+            args.routes[i] = -1;
+        return;
+    }
     const int num_keys = args.expand ? args.num_experts : args.num_ranks;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     clear(next_rows, kScanWarps * num_keys);

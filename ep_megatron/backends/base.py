@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron.fp8 import Fp8Recipe
-from ep_megatron.handle import AnyHandle, DispatchHandle
+from ep_megatron.handle import AnyHandle, DeviceHandle, DispatchHandle
 from ep_megatron.statistics import BufferStatistics
 
 DTYPES = (
@@ -143,7 +143,7 @@ class Call(NamedTuple):
     num_worst_tokens: int = 0
 
     @staticmethod
-    def of(operation: str, rows: Rows, routing: Routing | DispatchHandle) -> "Call":
+    def of(operation: str, rows: Rows, routing: Routing | DispatchHandle | DeviceHandle) -> "Call":
         """Describe this rank's call."""
         fresh = routing if isinstance(routing, Routing) else None
         cached = None if isinstance(routing, Routing) else routing
@@ -292,6 +292,32 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the backend holds. Local; received tensors stay valid."""
+
+
+@runtime_checkable
+class SyncFreeBackend(Protocol):
+    """A backend whose host waits for no other rank where rows are bounded by a capacity.
+
+    All are collective. What ranks disagree in, bad indices and too many rows are found on the
+    device, on all ranks alike; nothing moves then, and `DeviceHandle.check` or a later call raises.
+    """
+
+    def dispatch_within(self, rows: Rows, routing: Routing) -> tuple[Rows, DeviceHandle]:
+        """Dispatch into `routing.num_worst_tokens` rows. Those behind what came have weights of 0
+        and indices of -1.
+        """
+
+    def dispatch_again_within(self, rows: Rows, handle: DeviceHandle) -> Rows:
+        """Send other rows along the routing of such a dispatch."""
+
+    def combine_within(
+        self,
+        rows: Rows,
+        handle: DeviceHandle,
+        biases: Sequence[Tensor],
+        combined: tuple[Tensor, Tensor | None],
+    ) -> None:
+        """Combine as `Backend.combine` does, of the rows that are there, into `combined`."""
 
 
 @runtime_checkable

@@ -7,7 +7,6 @@ call returns is written by the time that the caller's stream comes to it.
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,33 +14,20 @@ from torch import Tensor
 from ep_megatron import _cuda
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, copy_rows
-from ep_megatron.backends.device import Device, Memory
+from ep_megatron.backends.cuda_within import CallsWithin
+from ep_megatron.backends.device import Device
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceArena, align
-from ep_megatron.backends.device_links import SUM_DTYPES, address_of, expand, stage
+from ep_megatron.backends.device_calls import Send, Sum
+from ep_megatron.backends.device_links import expand, stage
 from ep_megatron.backends.device_meeting import DeviceMeeting
-from ep_megatron.backends.device_rows import RowLayout, Sizes, item_bytes, limit_error, recipe_of
+from ep_megatron.backends.device_rows import Sizes, limit_error
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
-from ep_megatron.handle import AnyHandle, DispatchHandle
+from ep_megatron.handle import AnyHandle, DeviceHandle, DispatchHandle
 
 # Sums of such rows are of their dtype: nothing is lost when they are made in two steps.
 _EXACT_DTYPES = (torch.float32, torch.float64)
 _NO_LIMIT = 1 << 47  # bytes; what the GPU has is the limit
-
-
-@dataclass(frozen=True)
-class _Send:
-    """What a dispatch reads, and the layout of what arrives. None where a part is absent."""
-
-    operation: str
-    call: Call
-    rows: Rows
-    x: Memory
-    scales: Memory | None
-    weights: Memory | None
-    topk_idx: Memory | None
-    routes: Memory  # written before the rows move, in a fresh dispatch
-    layout: RowLayout
 
 
 class CudaBackend:
@@ -69,12 +55,14 @@ class CudaBackend:
         self.device = self._device = device
         self._num_sms = min(config.num_sms, device.num_sms)
         self._reduces_all = config.reduce_before_combine
-        self._meeting = DeviceMeeting(device, meeting, config.timeout, self._num_sms)
         max_bytes = config.max_bytes or _NO_LIMIT
         self._max_view_bytes = (
             max_bytes // 2 if config.max_view_bytes is None else config.max_view_bytes
         )
         self._arena = DeviceArena(device, meeting, max_bytes)
+        slabs = self._arena.table.device_address
+        self._meeting = DeviceMeeting(device, meeting, config.timeout, self._num_sms, slabs)
+        self._within = CallsWithin(device, self._meeting, self._arena, self._num_sms)
         initial_bytes = min(max(config.initial_bytes, MIB), max_bytes)
         _, block = self._arena.grow("Buffer", initial_bytes)
         self._arena.free(block)
@@ -89,11 +77,12 @@ class CudaBackend:
     ) -> tuple[Rows, DispatchHandle]:
         """See `Backend.dispatch`."""
         rows, routing = rows.contiguous(), routing.contiguous()
+        call = self._begin("dispatch", rows, routing)
         num_tokens, num_topk = routing.topk_idx.shape
         routes = self._device.output(torch.int32, (3, num_tokens, num_topk))
         # A handle's indices say which weights go where; they do not travel again.
         travels = not routing.expand
-        send = self._describe("dispatch", rows, routing, routes, travels=travels)
+        send = Send.of(self._device, call, rows, routing, routes, travels=travels)
         assert send.topk_idx is not None
         scan = self._meeting.scan(send.topk_idx.address, send.call, num_tokens, routes.address)
         report, sizes, block = self._send(send, scan, None)
@@ -136,8 +125,9 @@ class CudaBackend:
     ) -> Rows:
         """See `Backend.dispatch_again`; `with_idx`: the handle's `topk_idx` arrives, too."""
         rows = rows.contiguous()
+        call = self._begin("cached dispatch", rows, handle)
         routes = self._device.input(handle.routes)
-        send = self._describe("cached dispatch", rows, handle, routes, travels=with_idx)
+        send = Send.of(self._device, call, rows, handle, routes, travels=with_idx)
         _, sizes, block = self._send(send, None, handle)
         arrived, _ = self._receive(send, block, sizes.num_rows[self.rank])
         if received is None:
@@ -158,45 +148,47 @@ class CudaBackend:
     ) -> tuple[Tensor, Tensor | None]:
         """See `Backend.combine`."""
         rows = rows.contiguous()
-        into, weights_into = combined or (None, None)
-        call = Call.of("combine", rows, handle)
-        self._check_limits("combine", call)
-        device, shape = self._device, (handle.num_tokens, handle.num_topk)
-        x, routes = device.input(rows.x), device.input(handle.routes)
-        weights = self._input(rows.topk_weights)
-        bias_inputs = [self._input(bias) for bias in (*biases, None, None)]
-        out = device.output(rows.x.dtype, (handle.num_tokens, rows.x.shape[1]), into)
-        out_weights = None
-        if rows.topk_weights is not None:
-            out_weights = device.output(rows.topk_weights.dtype, shape, weights_into)
+        self._begin("combine", rows, handle)
+        device = self._device
         lies_at = self._arena.place_of(device.arena_address(rows.x), rows.x.nbytes)
-        links = None
-        if self._reduces_all or (rows.x.dtype in _EXACT_DTYPES and lies_at is None):
-            links = self._input(handle.links)
-        if links is not None:
+        reduces = self._reduces_all or (rows.x.dtype in _EXACT_DTYPES and lies_at is None)
+        added = Sum.of(device, rows, handle, biases, combined or (None, None), reduces=reduces)
+        if added.links is not None:
             lies_at = None
         with device.on_stream():
-            report = self._offer_rows(call, x, weights, lies_at, links)
-            places = [(word.rows_place, word.weights_place) for word in report.words]
-            args = _cuda.CombineArgs(
-                routes=routes.address,
-                num_tokens=handle.num_tokens,
-                num_topk=handle.num_topk,
-                row_bytes=rows.x.shape[1] * rows.x.element_size(),
-                weight_bytes=0 if weights is None else weights.dtype.itemsize,
-                expand=handle.expand,
-                bias_0=address_of(bias_inputs[0]),
-                bias_1=address_of(bias_inputs[1]),
-                out=out.address,
-                out_weights=address_of(out_weights),
-                from_x=self._arena.addresses([rows_place for rows_place, _ in places]),
-                from_weights=self._arena.addresses([weights_place for _, weights_place in places]),
-                is_reduced=[word.rows_bytes for word in report.words],
-            )
-            device.launch(_cuda.plan_combine(args, SUM_DTYPES[rows.x.dtype], self._num_sms))
+            self._offer_rows(added, lies_at)
+            device.launch(added.plan(self._meeting.state, self._num_sms))
             # What was staged is lent until the next call; the caller's own rows only until now.
             self._meeting.arrive(waits=lies_at is not None)
-        return device.tensor(out), None if out_weights is None else device.tensor(out_weights)
+        return added.tensors(device)
+
+    # -- the same without a host that waits -------------------------------------------------------
+
+    def dispatch_within(self, rows: Rows, routing: Routing) -> tuple[Rows, DeviceHandle]:
+        """See `SyncFreeBackend.dispatch_within`."""
+        rows, routing = rows.contiguous(), routing.contiguous()
+        return self._within.dispatch(self._begin("dispatch", rows, routing), rows, routing)
+
+    def dispatch_again_within(self, rows: Rows, handle: DeviceHandle) -> Rows:
+        """See `SyncFreeBackend.dispatch_again_within`."""
+        rows = rows.contiguous()
+        call = self._begin("cached dispatch", rows, handle)
+        return self._within.dispatch_again(call, rows, handle)
+
+    def combine_within(
+        self,
+        rows: Rows,
+        handle: DeviceHandle,
+        biases: Sequence[Tensor],
+        combined: tuple[Tensor, Tensor | None],
+    ) -> None:
+        """See `SyncFreeBackend.combine_within`."""
+        rows = rows.contiguous()
+        self._begin("combine", rows, handle)
+        reduces = self._reduces_all or rows.x.dtype in _EXACT_DTYPES
+        self._within.combine(rows, handle, biases, combined, reduces=reduces)
+
+    # -- what else a backend does -----------------------------------------------------------------
 
     def fail(self, operation: str, error: str) -> None:
         """See `Backend.fail`."""
@@ -218,31 +210,8 @@ class CudaBackend:
 
     # -- dispatch ---------------------------------------------------------------------------------
 
-    def _describe(
-        self,
-        operation: str,
-        rows: Rows,
-        by: Routing | DispatchHandle,
-        routes: Memory,
-        *,
-        travels: bool,
-    ) -> _Send:
-        call = Call.of(operation, rows, by)
-        self._check_limits(operation, call)
-        return _Send(
-            operation=operation,
-            call=call,
-            rows=rows,
-            x=self._device.input(rows.x),
-            scales=self._input(rows.scales),
-            weights=self._input(rows.topk_weights),
-            topk_idx=self._input(by.topk_idx),
-            routes=routes,
-            layout=RowLayout.of(rows, call, by.topk_idx if travels else None),
-        )
-
     def _send(
-        self, send: _Send, scan: _cuda.ScanArgs | None, handle: DispatchHandle | None
+        self, send: Send, scan: _cuda.ScanArgs | None, handle: DispatchHandle | None
     ) -> tuple[_cuda.Report, Sizes, Block]:
         """Meet, find room, launch. Returns the block where this rank's rows arrive."""
         with self._device.on_stream():
@@ -265,54 +234,21 @@ class CudaBackend:
             expand(self._device, send.layout, starts, sizes.num_rows[self.rank], self._num_sms)
         return report, sizes, block
 
-    def _push(self, send: _Send, sizes: Sizes, places: Sequence[int]) -> list[int]:
+    def _push(self, send: Send, sizes: Sizes, places: Sequence[int]) -> list[int]:
         """Send all rows. Returns where the parts of this rank's own received rows start."""
-        call, layout, recipe = send.call, send.layout, send.rows.fp8
-        targets = self._arena.addresses(places)
-        # Where every rank's x, scales, weights and indices start.
+        call, targets = send.call, self._arena.addresses(places)
         starts = [
-            [target + start for start in layout.starts(num_rows)]
+            [target + start for start in send.layout.starts(num_rows)]
             for target, num_rows in zip(targets, sizes.num_rows, strict=True)
         ]
-        to_x, to_scales, to_weights, to_idx, to_links, _ = zip(*starts, strict=True)
         valid = self._valid[self._meeting.ticket % 2]
         if call.expand and call.expert_alignment > 1:
             valid.write(struct.pack(f"<{len(sizes.valid)}i", *sizes.valid))
-        args = _cuda.DispatchArgs(
-            x=send.x.address,
-            scales=address_of(send.scales),
-            weights=address_of(send.weights),
-            topk_idx=address_of(send.topk_idx),
-            routes=send.routes.address,
-            valid=valid.device_address,
-            num_tokens=len(send.rows.x),
-            alignment=call.expert_alignment,
-            num_topk=call.num_topk,
-            row_bytes=call.hidden * send.x.dtype.itemsize,
-            out_row_bytes=layout.x.num_bytes,
-            scale_bytes=0 if layout.scales is None else layout.scales.num_bytes,
-            weight_bytes=item_bytes(layout.weights),
-            idx_bytes=item_bytes(layout.idx),
-            link_bytes=0 if layout.links is None else layout.links.num_bytes,
-            is_int64=send.topk_idx is not None and send.topk_idx.dtype == torch.int64,
-            expand=call.expand,
-            experts_per_rank=call.num_experts // self.num_ranks,
-            rank=self.rank,
-            to_x=to_x,
-            to_scales=to_scales,
-            to_weights=to_weights,
-            to_idx=to_idx,
-            to_links=to_links,
-        )
-        if recipe is None:
-            launch = _cuda.plan_dispatch(args, self._num_sms)
-        else:
-            args.recipe = recipe_of(recipe)
-            launch = _cuda.plan_dispatch_cast(args, SUM_DTYPES[send.x.dtype], self._num_sms)
-        self._device.launch(launch)
+        ranks = self.rank, self.num_ranks
+        self._device.launch(send.plan(starts, valid.device_address, ranks, self._num_sms))
         return starts[self.rank]
 
-    def _receive(self, send: _Send, block: Block, num_rows: int) -> tuple[Rows, Tensor | None]:
+    def _receive(self, send: Send, block: Block, num_rows: int) -> tuple[Rows, Tensor | None]:
         """Look at what arrived, as tensors that keep the block; or widened, as copies.
 
         Returns:
@@ -331,21 +267,12 @@ class CudaBackend:
 
     # -- combine ----------------------------------------------------------------------------------
 
-    def _offer_rows(
-        self,
-        call: Call,
-        x: Memory,
-        weights: Memory | None,
-        lies_at: int | None,
-        links: Memory | None,
-    ) -> _cuda.Report:
+    def _offer_rows(self, added: Sum, lies_at: int | None) -> None:
         """Put rows where peers reach them, and meet; all grow together if one must.
 
-        `lies_at`: where peers reach the rows already. `links`: sums by them are put there instead.
-
-        Returns:
-            All ranks' words: where every rank's rows and weights are.
+        `lies_at`: where peers reach the rows already.
         """
+        call, x, weights, links = added.call, added.x, added.weights, added.links
         copied = 0 if lies_at is not None else align(x.num_bytes, 64)
         num_bytes = copied + (0 if weights is None else weights.num_bytes)
         while True:
@@ -377,22 +304,34 @@ class CudaBackend:
                 raise
             if all_take_part:
                 self._lent.append(block or NO_BLOCK)
-                return report
+                return
             self._arena.free(block or NO_BLOCK)
 
     # -- both -------------------------------------------------------------------------------------
 
-    def _check_limits(self, operation: str, call: Call) -> None:
-        """Raise on every rank, if this one's call exceeds what the kernels are made for."""
-        if error := limit_error(call):
-            self.fail(operation, error)
-            raise ValueError(f"{operation}: {error}")
+    def _begin(
+        self, operation: str, rows: Rows, by: Routing | DispatchHandle | DeviceHandle
+    ) -> Call:
+        """Describe a call, or raise why it cannot be; the other ranks, who are in it, hear of it.
+
+        Raises:
+            ValueError: on every rank, if this one's call exceeds what the kernels are made for, or
+                if an earlier call that no host waited for has failed.
+            RuntimeError: if a rank did not come in time.
+        """
+        call = Call.of(operation, rows, by)
+        try:
+            self._within.raise_failure()
+            if error := limit_error(call):
+                raise ValueError(f"{operation}: {error}")
+        except ValueError as error:
+            if not self._device.is_capturing():
+                self.fail(operation, str(error).removeprefix(f"{operation}: "))
+            raise
+        return call
 
     def _take_back(self) -> None:
         """Free what was lent for the last call, which every rank has finished by now."""
         for block in self._lent:
             self._arena.free(block)
         self._lent = []
-
-    def _input(self, tensor: Tensor | None) -> Memory | None:
-        return None if tensor is None else self._device.input(tensor)

@@ -100,6 +100,9 @@ class Device(Protocol):
     def launch(self, launch: Launch) -> None:
         """Launch a kernel, inside `on_stream`."""
 
+    def is_capturing(self) -> bool:
+        """Return whether launches go into a graph now, to be made later, again and again."""
+
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         """Wait until the first word of `memory` reaches `epoch`; False after `timeout` seconds.
 
@@ -111,6 +114,9 @@ class Device(Protocol):
 
         Called before `on_stream`, for it may copy.
         """
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy, made where `input` would read."""
 
     def arena_address(self, tensor: Tensor) -> int | None:
         """Return where a tensor lies, for a look whether that is in shared memory; None if not."""

@@ -13,8 +13,8 @@ from ep_megatron.backends.device import Device
 from ep_megatron.backends.meeting import Meeting
 
 ALIGNMENT = 256
-NO_PLACE = (1 << 64) - 1
-_SLAB_SHIFT = 48  # a place is a slab's number and an offset in it
+NO_PLACE = _cuda.NO_PLACE
+_SLAB_SHIFT = _cuda.SLAB_SHIFT  # a place is a slab's number and an offset in it
 _MIN_SLAB_BYTES = 2 << 20
 _OFFER_ERROR_BYTES = 384
 # Whether there is memory, its handle's length, the handle, why there is none.
@@ -52,10 +52,14 @@ class DeviceArena:
         device: whose memory.
         meeting: the ranks.
         max_bytes: most bytes this rank may allocate.
+
+    Attributes:
+        table: where kernels find every rank's slabs; `Slabs` in csrc/cuda/protocol.h.
     """
 
     def __init__(self, device: Device, meeting: Meeting, max_bytes: int) -> None:
         self._device, self._meeting, self._max_bytes = device, meeting, max_bytes
+        self.table = device.allocate_host(_cuda.SLABS_BYTES)
         self._slabs: list[list[int]] = [[] for _ in range(meeting.num_ranks)]
         self._sizes: list[int] = []
         self._free: list[list[tuple[int, int]]] = []  # of each slab: (offset, bytes), ascending
@@ -138,6 +142,8 @@ class DeviceArena:
             left = (self._max_bytes - self.num_bytes_committed) // ALIGNMENT * ALIGNMENT
             wanted = align(max(num_bytes, self.num_bytes_committed), _MIN_SLAB_BYTES)
             size = max(min(wanted, left), align(num_bytes))
+            if len(self._sizes) == _cuda.MAX_SLABS:
+                refusal = f"it has grown {_cuda.MAX_SLABS} times"
             if size > left:
                 refusal = f"{num_bytes} more bytes would exceed max_bytes, {self._max_bytes}"
         places = []
@@ -148,6 +154,7 @@ class DeviceArena:
             places.append(NO_PLACE if address is None else len(slabs) << _SLAB_SHIFT)
             if address is not None:
                 slabs.append(address)
+        self._write_table()
         if not size:
             return places, NO_BLOCK
         block = Block(places[self._meeting.rank], align(num_bytes))
@@ -186,6 +193,11 @@ class DeviceArena:
             return places, self.trim(offered, needed[rank])
         self.free(offered)
         return places, grown
+
+    def _write_table(self) -> None:
+        row = struct.Struct(f"<{_cuda.MAX_SLABS}Q")
+        padded = [slabs + [0] * (_cuda.MAX_SLABS - len(slabs)) for slabs in self._slabs]
+        self.table.write(b"".join(row.pack(*slabs) for slabs in padded))
 
     def _take_back(self) -> None:
         while self._returned:

@@ -3,6 +3,7 @@
 The kernels are in csrc/cuda/expand.cu and combine.cu; links are described in csrc/cuda/protocol.h.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,8 +59,12 @@ def stage(
     start: int,
     links: Memory | None,
     num_sms: int,
+    num_rows_at: int = 0,
 ) -> None:
-    """Copy rows, or their sums by `links`, to where peers reach them, and weights behind them."""
+    """Copy rows, or their sums by `links`, to where peers reach them, and weights behind them.
+
+    `num_rows_at`: where the device knows how many of the rows there are; all, if that is 0.
+    """
     num_bytes = 0 if x is None else x.num_bytes
     args = _cuda.StageArgs(
         rows=address_of(x),
@@ -68,12 +73,18 @@ def stage(
         weights=address_of(weights),
         to_weights=start + align(num_bytes, 64),
         num_weight_bytes=0 if weights is None else weights.num_bytes,
+        num_rows=num_rows_at,
+        row_bytes=_row_bytes(x),
+        weight_row_bytes=_row_bytes(weights),
     )
     if x is None or links is None:
         device.launch(_cuda.plan_stage(args, num_sms))
         return
-    num_rows, hidden = x.shape
     sums = _cuda.ReduceArgs(
-        stage=args, links=links.address, num_rows=num_rows, row_bytes=hidden * x.dtype.itemsize
+        stage=args, links=links.address, num_rows=x.shape[0], row_bytes=_row_bytes(x)
     )
     device.launch(_cuda.plan_reduce(sums, SUM_DTYPES[x.dtype], num_sms))
+
+
+def _row_bytes(rows: Memory | None) -> int:
+    return 0 if rows is None else math.prod(rows.shape[1:]) * rows.dtype.itemsize

@@ -23,12 +23,19 @@ class DeviceMeeting:
         meeting: the ranks.
         timeout: seconds that a rank waits for the others.
         num_sms: most blocks of a kernel.
+        slabs: address of the table of all ranks' memory.
+
+    Attributes:
+        ticket: number of the last call, as the host counts; the same on all ranks.
+        state: address of what notify leaves for later kernels of a call.
     """
 
-    def __init__(self, device: Device, meeting: Meeting, timeout: float, num_sms: int) -> None:
+    def __init__(
+        self, device: Device, meeting: Meeting, timeout: float, num_sms: int, slabs: int
+    ) -> None:
         self.rank, self.num_ranks, self.num_sms = meeting.rank, meeting.num_ranks, num_sms
-        self.ticket = 0  # of the last call, counted by the host
-        self._device, self._timeout = device, timeout
+        self.ticket = 0
+        self._device, self._timeout, self._slabs = device, timeout, slabs
         self._broken = ""
         controls = share(device, meeting, "Buffer", _cuda.CONTROL_BYTES, is_zeroed=True)
         self._controls = [address or 0 for address in controls]
@@ -36,8 +43,9 @@ class DeviceMeeting:
         self._block_counts = device.allocate(4 * num_keys * num_sms)
         self._block_bad = device.allocate(4 * num_sms)
         self._key_starts = device.allocate(4 * num_keys)
-        self._state = device.allocate(_cuda.CALL_STATE_BYTES)
+        self.state = device.allocate(_cuda.CALL_STATE_BYTES)
         self._report = device.allocate_host(_cuda.REPORT_BYTES)
+        self._failure = device.allocate_host(_cuda.REPORT_BYTES)  # of calls without a waiting host
         self._arrive_error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
 
     def scan(self, topk_idx: int, call: Call, num_tokens: int, routes: int) -> _cuda.ScanArgs:
@@ -60,7 +68,7 @@ class DeviceMeeting:
             block_counts=self._block_counts,
             block_bad=self._block_bad,
             key_starts=self._key_starts,
-            state=self._state,
+            state=self.state,
             routes=routes,
         )
 
@@ -91,17 +99,14 @@ class DeviceMeeting:
         Raises:
             RuntimeError: if ranks did not come in time, or in an earlier call.
         """
-        if self._broken:
+        if self._device.is_capturing():
             raise RuntimeError(
-                f"{operation}: expected a working Buffer, got one that broke down ({self._broken})"
+                f"{operation}: expected a call that waits for nothing on the host while a CUDA "
+                "graph is captured, got one that does; give num_worst_tokens to the dispatch, and "
+                "make the same calls once before the capture"
             )
-        self.ticket = self.ticket + 1 & _TICKET_MASK or 1
-        args = self._notify_args()
-        if scan is not None:
-            assert call is not None
-            self._device.launch(_cuda.plan_count(scan, self.num_sms))
-            num_blocks = _cuda.num_scan_blocks(scan.num_tokens, self.num_sms)
-            args.set_counts(scan, num_blocks=num_blocks, alignment=call.expert_alignment)
+        args = self._begin(operation)
+        args.is_awaited, args.report = True, self._report.device_address
         args.set_head(
             call=[] if call is None else list(call),
             kind=kind,
@@ -111,9 +116,7 @@ class DeviceMeeting:
             weights_place=weights_place,
         )
         try:
-            self._device.launch(_cuda.plan_notify(args))
-            if scan is not None:  # needs no word from the host
-                self._device.launch(_cuda.plan_route(scan, self.num_sms))
+            self._launch(args, call, scan)
             patience = self._timeout + _HOST_GRACE
             is_there = self._device.wait_for_word(self._report, self.ticket, patience)
             num_experts = 0 if scan is None else scan.num_experts
@@ -123,6 +126,61 @@ class DeviceMeeting:
             # What this rank's kernels still do is unknown from here on.
             self._broken = f"{operation} ended by {str(exception) or type(exception).__name__}"
             raise
+        return report
+
+    def post(
+        self,
+        operation: str,
+        call: Call,
+        block: Block,
+        *,
+        weights_place: int = NO_PLACE,
+        scan: _cuda.ScanArgs | None = None,
+        numbers: int = 0,
+    ) -> None:
+        """Post this rank's word on a call in which no host waits. Collective.
+
+        Later kernels find in `state` whether all ranks agree, and where rows are.
+
+        Args:
+            operation: for messages.
+            call: what this rank does.
+            block: where rows may be written, or are.
+            weights_place: where weights are, in a combine.
+            scan: of a fresh dispatch.
+            numbers: of a fresh dispatch: address of what `CapacityHandle.numbers` will be.
+
+        Raises:
+            RuntimeError: if ranks did not come in time in an earlier call.
+        """
+        args = self._begin(operation)
+        args.report = self._failure.device_address
+        args.capacity, args.numbers = call.num_worst_tokens, numbers
+        args.set_head(
+            call=list(call),
+            kind=_cuda.TAKES_PART,
+            error="",
+            rows_place=block.place,
+            rows_bytes=block.num_bytes,
+            weights_place=weights_place,
+        )
+        self._launch(args, call, scan)
+
+    def take_failure(self) -> _cuda.Report | None:
+        """Return, once, what ranks said in the first call without a waiting host that failed.
+
+        None if there is none as far as is known. Local.
+
+        Raises:
+            RuntimeError: if ranks did not come in time.
+        """
+        if not int.from_bytes(self._failure.read()[:4], "little"):
+            return None
+        report = _cuda.read_report(self._failure.read(), self.num_ranks, _cuda.MAX_EXPERTS)
+        self._failure.write(bytes(4))
+        if report.status == _cuda.TIMED_OUT:
+            self._broken = self._broken or "ranks did not come in an earlier call"
+            self._check_progress("dispatch or combine", True, report)
         return report
 
     def agree(self, operation: str, report: _cuda.Report) -> bool:
@@ -161,7 +219,7 @@ class DeviceMeeting:
             control=self._controls,
             rank=self.rank,
             num_ranks=self.num_ranks,
-            state=self._state,
+            state=self.state,
             waits=waits,
             timeout_ns=int(self._timeout * 1e9),
             error=self._arrive_error.device_address,
@@ -172,16 +230,34 @@ class DeviceMeeting:
         """Let no further call through."""
         self._broken = self._broken or reason
 
-    def _notify_args(self) -> _cuda.NotifyArgs:
+    def _begin(self, operation: str) -> _cuda.NotifyArgs:
+        if self._broken:
+            raise RuntimeError(
+                f"{operation}: expected a working Buffer, got one that broke down ({self._broken})"
+            )
+        self.ticket = self.ticket + 1 & _TICKET_MASK or 1
         return _cuda.NotifyArgs(
             control=self._controls,
             rank=self.rank,
             num_ranks=self.num_ranks,
             ticket=self.ticket,
-            state=self._state,
-            report=self._report.device_address,
+            state=self.state,
+            slabs=self._slabs,
             timeout_ns=int(self._timeout * 1e9),
         )
+
+    def _launch(
+        self, args: _cuda.NotifyArgs, call: Call | None, scan: _cuda.ScanArgs | None
+    ) -> None:
+        if scan is None:
+            self._device.launch(_cuda.plan_notify(args))
+            return
+        assert call is not None
+        self._device.launch(_cuda.plan_count(scan, self.num_sms))
+        num_blocks = _cuda.num_scan_blocks(scan.num_tokens, self.num_sms)
+        args.set_counts(scan, num_blocks=num_blocks, alignment=call.expert_alignment)
+        self._device.launch(_cuda.plan_notify(args))
+        self._device.launch(_cuda.plan_route(scan, self.num_sms))  # needs no word from the host
 
     def _check_progress(self, operation: str, is_there: bool, report: _cuda.Report) -> None:
         epoch, seen = _cuda.read_arrive_error(self._arrive_error.read(), self.num_ranks)

@@ -117,6 +117,10 @@ class GpuDevice:
         """See `Device.launch`."""
         self._cuda.launch(launch, self._stream.cuda_stream)
 
+    def is_capturing(self) -> bool:
+        """See `Device.is_capturing`."""
+        return torch.cuda.is_current_stream_capturing()
+
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         """See `Device.wait_for_word`."""
         assert isinstance(memory, GpuHostMemory)
@@ -132,6 +136,10 @@ class GpuDevice:
         if tensor.data_ptr() % _ALIGNMENT:
             tensor = tensor.clone()
         return Memory(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """See `Device.copy`."""
+        return tensor.clone()
 
     def arena_address(self, tensor: Tensor) -> int | None:
         """See `Device.arena_address`."""

@@ -92,6 +92,17 @@ def same_rows(mine: Rows, other: Rows, drawn: Drawn) -> None:
         same(getattr(mine, name), getattr(other, name), drawn)
 
 
+def sent_of(rank: int, drawn: Drawn) -> Rows:
+    """Return what a rank dispatches."""
+    x = drawn.case.x(rank, drawn.dtype)
+    weights = None if drawn.weights is None else drawn.case.weights(rank, drawn.weights)
+    if not drawn.is_cast_by_caller:
+        return Rows(x, topk_weights=weights, fp8=drawn.recipe)
+    assert drawn.recipe is not None
+    data, scales = fp8.quantize(x, replace(drawn.recipe, layout="row_major"))
+    return Rows(data, scales, weights)
+
+
 def check_drawn(backend: Backend, reference: Backend, seeds: range) -> None:
     """Make the calls of some seeds over both; every bit must be equal."""
     for seed in seeds:
@@ -102,13 +113,7 @@ def check_drawn(backend: Backend, reference: Backend, seeds: range) -> None:
 def check(backend: Backend, reference: Backend, drawn: Drawn) -> None:
     """See `check_drawn`."""
     case, rank = drawn.case, backend.rank
-    x = case.x(rank, drawn.dtype)
-    weights = None if drawn.weights is None else case.weights(rank, drawn.weights)
-    sent = Rows(x, topk_weights=weights, fp8=drawn.recipe)
-    if drawn.is_cast_by_caller:
-        assert drawn.recipe is not None
-        data, scales = fp8.quantize(x, replace(drawn.recipe, layout="row_major"))
-        sent = Rows(data, scales, weights)
+    sent = sent_of(rank, drawn)
     routing = Routing(case.topk_idx(rank), case.num_experts, drawn.expand, case.alignment)
     mine, handle = backend.dispatch(sent, routing)
     other, other_handle = reference.dispatch(sent, routing)

@@ -76,8 +76,20 @@ class EmulatedHostMemory:
         return int.from_bytes(self.read()[:4], "little")
 
 
+class EmulatedGraph:
+    """What a rank has done while it was captured, to be done again with the memory of then."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], object]] = []
+
+    def replay(self) -> None:
+        """Do it."""
+        for step in self.steps:
+            step()
+
+
 class EmulatedDevice:
-    """See `Device`."""
+    """See `Device`. Launches, and copies in and out of the machine, can be captured."""
 
     num_sms = 132  # the config takes fewer
     device_type = "cpu"
@@ -87,6 +99,23 @@ class EmulatedDevice:
         self.has_failed = threading.Event()  # whether another rank has: it does not come any more
         self.launches: list[Launch] = []
         self._views: dict[int, tuple[int, int]] = {}  # memory here: bytes, where they came from
+        self._graph: EmulatedGraph | None = None
+
+    @contextmanager
+    def capture(self) -> Iterator[EmulatedGraph]:
+        """Let all that happens inside go into a graph instead."""
+        self._graph = graph = EmulatedGraph()
+        try:
+            yield graph
+        finally:
+            self._graph = None
+
+    def do(self, step: Callable[[], object]) -> None:
+        """Do what is part of a captured computation, now or in replays."""
+        if self._graph is None:
+            step()
+        else:
+            self._graph.steps.append(step)
 
     def allocate(self, num_bytes: int) -> int:
         address: int = self._machine.allocate(self._rank, num_bytes, name="workspace")
@@ -111,23 +140,43 @@ class EmulatedDevice:
 
     def launch(self, launch: Launch) -> None:
         self.launches.append(launch)
-        self._machine.launch(
-            self._rank, launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.params
+        self.do(
+            lambda: self._machine.launch(
+                self._rank,
+                launch.kernel,
+                launch.grid,
+                launch.block,
+                launch.shared_bytes,
+                launch.params,
+            )
         )
+
+    def is_capturing(self) -> bool:
+        return self._graph is not None
 
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         assert isinstance(memory, EmulatedHostMemory)
+        assert not self.is_capturing(), "a host waits for what is not launched"
         params = self._machine.pack("host_waits", memory.device_address, epoch)
         self._machine.launch(self._rank, "host_waits", 1, 1, 0, params, _HOST_STREAM, on_host=True)
         self._synchronize(_HOST_STREAM)
         return memory.word() == epoch
 
     def input(self, tensor: Tensor) -> Memory:
-        data = tensor.contiguous().view(-1).view(torch.uint8)
-        address = self._machine.allocate(self._rank, max(len(data), 16), name="input")
-        if len(data):
+        address = self._machine.allocate(self._rank, max(tensor.nbytes, 16), name="input")
+
+        def write() -> None:
+            data = tensor.contiguous().view(-1).view(torch.uint8)
             self._machine.write(self._rank, address, data.numpy())
+
+        if tensor.nbytes:
+            self.do(write)
         return Memory(address, tensor.dtype, tensor.shape, self)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        copied = torch.empty_like(tensor)
+        self.do(lambda: copied.copy_(tensor))
+        return copied
 
     def arena_address(self, tensor: Tensor) -> int | None:
         """Bring what the caller has made of received rows back to where they came from."""
@@ -148,12 +197,19 @@ class EmulatedDevice:
         return Memory(address, dtype, shape, into)
 
     def tensor(self, output: Memory) -> Tensor:
-        data = self._read(output.address, output.num_bytes).view(output.dtype).view(*output.shape)
-        if not isinstance(output.owner, Tensor):
-            return data
-        return output.owner.copy_(data)
+        into = output.owner
+        if not isinstance(into, Tensor):
+            into = torch.zeros(*output.shape, dtype=output.dtype)
+
+        def read() -> None:
+            data = self._read(output.address, output.num_bytes)
+            into.copy_(data.view(output.dtype).view(*output.shape))
+
+        self.do(read)
+        return into
 
     def views(self, address: int, num_bytes: int, free: Callable[[], None]) -> Tensor:
+        assert not self.is_capturing(), "received rows of a graph would be given back"
         data = self._read(address, num_bytes)
         if num_bytes == 0:
             free()

@@ -20,6 +20,7 @@ from ep_megatron.config import BufferConfig
 from tests.cuda.buffers import Buffers, NodeBuffers
 from tests.cuda.emulated import Ranks, shipped_ptx
 from tests.cuda.nic import Nodes
+from tests.cuda.within import LATE, check_failures, check_within
 from tests.routing import Case
 from tests.test_cuda_low_latency import (
     TIMEOUT,
@@ -80,7 +81,7 @@ def calls_without_arrival(backend: Backend, _reference: Backend) -> list[Tensor]
     """Return what the host of a rank finds when rank 1 does not arrive."""
     assert isinstance(backend, CudaBackend)
     meeting, device = backend._meeting, backend._device
-    meeting.meet("mutants", None, kind=_cuda.BAD_ARGUMENTS, error="only to meet")
+    meeting.meet("mutants", None)
     if backend.rank == 1:
         return []
     meeting.arrive(waits=True)
@@ -119,6 +120,16 @@ def not_arriving(kernels: list[str], seed: int, mode: str) -> Reports:
     """A call in which one rank does not arrive."""
     ranks = _ranks(calls_without_arrival, kernels, seed, mode)
     return _compared(ranks, calls_without_arrival)
+
+
+def within(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls of three ranks in which no host waits, and such that fail on the device."""
+    ranks = Ranks(3, seed, mode, BufferConfig(timeout=1e9, num_sms=2), kernels)
+    for expand in (True, False):
+        ranks.run(check_within, CASE, torch.float32, expand)
+    ranks.run(check_failures, LATE)
+    reports: Reports = ranks.machine.report()
+    return reports
 
 
 # -- low-latency calls ----------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def not_crossing(kernels: list[str], seed: int, mode: str) -> Reports:
 WORKLOADS: dict[str, list[Callable[[list[str], int, str], Reports]]] = {
     "ep_count_kernel": [arriving],
     "ep_route_kernel": [arriving],
-    "ep_notify_kernel": [arriving, not_arriving],
+    "ep_notify_kernel": [arriving, within, not_arriving],
     "ep_arrive_kernel": [arriving, not_arriving],
     "ep_packed_": [
         packed_steps,

@@ -1,0 +1,205 @@
+"""Calls between GPUs in which no host waits: rows are bounded, numbers stay on the device.
+
+Every rank has one block for such calls, as large as the largest of them needs. Peers write received
+rows there, at places that are the same on all ranks, and a kernel copies them on into the caller's
+tensors; a combine stages its rows there. So a call needs nothing from the host, its launches may be
+made again by a graph, and its tensors are torch's own. A call that needs a larger block meets on
+the host first, on all ranks alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ep_megatron import _cuda
+from ep_megatron.backends.base import NUM_CALL_FIELDS, OPERATIONS, Call, Routing, Rows
+from ep_megatron.backends.casting import as_asked
+from ep_megatron.backends.device import Device, Memory
+from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceArena, align
+from ep_megatron.backends.device_calls import Send, Sum
+from ep_megatron.backends.device_links import address_of, stage
+from ep_megatron.backends.device_meeting import DeviceMeeting
+from ep_megatron.backends.device_rows import Part, Sizes
+from ep_megatron.handle import DeviceHandle, DevicePlan, num_numbers, too_many_rows
+
+_WORD_BYTES = 4
+_ROWS_AT = _WORD_BYTES  # in the numbers of a handle, behind its status
+
+
+class CallsWithin:
+    """The calls of one rank, which come in turn with the others of its backend.
+
+    Args:
+        device: this rank's.
+        meeting: the ranks.
+        arena: where the block is.
+        num_sms: most blocks of a kernel.
+    """
+
+    def __init__(
+        self, device: Device, meeting: DeviceMeeting, arena: DeviceArena, num_sms: int
+    ) -> None:
+        self._device, self._meeting, self._arena = device, meeting, arena
+        self._num_sms = num_sms
+        self._block = NO_BLOCK
+        self._is_in_a_graph = False  # the block, for good
+
+    def dispatch(self, call: Call, rows: Rows, routing: Routing) -> tuple[Rows, DeviceHandle]:
+        """See `SyncFreeBackend.dispatch_within`."""
+        device, meeting, topk_idx = self._device, self._meeting, routing.topk_idx
+        routes = device.output(torch.int32, (3, *topk_idx.shape))
+        numbers = device.output(torch.int32, (num_numbers(routing.num_experts, meeting.num_ranks),))
+        send = Send.of(device, call, rows, routing, routes, travels=not routing.expand)
+        assert send.topk_idx is not None
+        scan = meeting.scan(send.topk_idx.address, call, len(topk_idx), routes.address)
+        capacity = routing.num_worst_tokens
+        self._make_room("dispatch", call, send.layout.starts(capacity)[-1])
+        with device.on_stream():
+            meeting.post("dispatch", call, self._block, scan=scan, numbers=numbers.address)
+            arrived = self._move(send, capacity, numbers.address)
+        received, links = self._received(send, arrived)
+        plan = DevicePlan(
+            plan_id=meeting.ticket,
+            expert_alignment=routing.expert_alignment,
+            numbers=device.tensor(numbers),
+            routes=device.tensor(routes),
+            links=links,
+        )
+        handle = DeviceHandle(
+            topk_idx if routing.expand else device.copy(topk_idx),
+            routing.num_experts,
+            (meeting.rank, meeting.num_ranks),
+            capacity,
+            routing.expand,
+            plan,
+            self.raise_failure,
+        )
+        return received, handle
+
+    def dispatch_again(self, call: Call, rows: Rows, handle: DeviceHandle) -> Rows:
+        """See `SyncFreeBackend.dispatch_again_within`."""
+        device, capacity = self._device, handle.num_worst_tokens
+        routes, numbers = device.input(handle.routes), device.input(handle.numbers)
+        send = Send.of(device, call, rows, handle, routes, travels=False)
+        self._make_room("cached dispatch", call, send.layout.starts(capacity)[-1])
+        with device.on_stream():
+            self._meeting.post("cached dispatch", call, self._block)
+            arrived = self._move(send, capacity, numbers.address)
+        return self._received(send, arrived)[0]
+
+    def combine(
+        self,
+        rows: Rows,
+        handle: DeviceHandle,
+        biases: Sequence[Tensor],
+        combined: tuple[Tensor, Tensor | None],
+        *,
+        reduces: bool,
+    ) -> None:
+        """See `SyncFreeBackend.combine_within`."""
+        device = self._device
+        numbers = device.input(handle.numbers)
+        added = Sum.of(device, rows, handle, biases, combined, reduces=reduces)
+        weights_at = align(added.x.num_bytes, 64)
+        weight_bytes = 0 if added.weights is None else added.weights.num_bytes
+        self._make_room("combine", added.call, weights_at + weight_bytes)
+        with device.on_stream():
+            start = self._arena.address(self._meeting.rank, self._block.place)
+            there = numbers.address + _ROWS_AT
+            stage(device, added.x, added.weights, start, added.links, self._num_sms, there)
+            offer = Block(self._block.place, int(added.links is not None))
+            weights_place = self._block.place + weights_at if weight_bytes else NO_PLACE
+            self._meeting.post("combine", added.call, offer, weights_place=weights_place)
+            device.launch(added.plan(self._meeting.state, self._num_sms))
+            self._meeting.arrive(waits=True)  # then the block is free for the next call
+        added.tensors(device)
+
+    def raise_failure(self) -> None:
+        """Raise, once, what the first call that failed since the last look failed in. Local."""
+        report = self._meeting.take_failure()
+        if report is None:
+            return
+        call = Call(*report.words[self._meeting.rank].call[:NUM_CALL_FIELDS])
+        if report.status == _cuda.TOO_MANY_ROWS:
+            num_rows = Sizes.of(report, call, self._meeting.rank).num_rows
+            raise too_many_rows(call.num_worst_tokens, num_rows)
+        operation = OPERATIONS[call.operation]
+        self._meeting.agree(operation, report)
+        raise RuntimeError(
+            f"{operation}: expected all ranks to make the same calls before, got one without room; "
+            "make calls in the same order on all ranks"
+        )
+
+    def _make_room(self, operation: str, call: Call, num_bytes: int) -> None:
+        """Let the block have `num_bytes`. Collective where it is smaller, which is so on all ranks.
+
+        Raises:
+            ValueError: on every rank, if ranks disagree in the call.
+            RuntimeError: on every rank, if one has no room; or while a graph is captured.
+        """
+        if self._block.num_bytes < num_bytes:
+            with self._device.on_stream():
+                report = self._meeting.meet(operation, call, kind=_cuda.NEEDS_ROOM)
+                self._meeting.agree(operation, report)
+            larger = self._arena.allocate(num_bytes)
+            try:
+                _, grown = self._arena.grow(operation, num_bytes if larger is None else 0)
+            except RuntimeError:
+                self._arena.free(larger or NO_BLOCK)
+                raise
+            if not self._is_in_a_graph:
+                self._arena.free(self._block)
+            self._block, self._is_in_a_graph = larger or grown, False
+        self._is_in_a_graph = self._is_in_a_graph or self._device.is_capturing()
+
+    def _move(self, send: Send, capacity: int, numbers: int) -> list[Memory | None]:
+        """Send rows to the blocks and take what comes; return its parts in the layout's order."""
+        device, meeting, layout, call = self._device, self._meeting, send.layout, send.call
+        starts, num_ranks = layout.starts(capacity), meeting.num_ranks
+        valid = numbers + _WORD_BYTES * (_cuda.EXPERT_NUMBERS + call.num_experts // num_ranks)
+        ranks = meeting.rank, num_ranks
+        state = meeting.state
+        device.launch(send.plan([starts] * num_ranks, valid, ranks, self._num_sms, state))
+        meeting.arrive(waits=True)
+        parts = layout.x, layout.scales, layout.weights, layout.idx, layout.links
+        outs = [
+            None if part is None else device.output(part.dtype, (capacity, *part.shape))
+            for part in parts
+        ]
+        block = self._arena.address(meeting.rank, self._block.place)
+        at = [0 if part is None else block + at for part, at in zip(parts, starts, strict=False)]
+        x, scales, weights, idx, links = outs
+        args = _cuda.TakeArgs(
+            state=state,
+            num_rows=numbers + _ROWS_AT,
+            capacity=capacity,
+            from_x=at[0],
+            from_scales=at[1],
+            from_weights=at[2],
+            from_idx=at[3],
+            links=at[4],
+            x=address_of(x),
+            scales=address_of(scales),
+            weights=address_of(weights),
+            idx=address_of(idx),
+            to_links=address_of(links),
+            row_bytes=layout.x.num_bytes,
+            scale_bytes=_row_bytes(layout.scales),
+            weight_bytes=_row_bytes(layout.weights),
+            idx_bytes=_row_bytes(layout.idx),
+        )
+        device.launch(_cuda.plan_take(args, self._num_sms))
+        return outs
+
+    def _received(self, send: Send, outs: list[Memory | None]) -> tuple[Rows, Tensor | None]:
+        """Return what came as tensors, after `on_stream`, and the links between rows."""
+        x, scales, weights, idx, links = (
+            None if out is None else self._device.tensor(out) for out in outs
+        )
+        assert x is not None
+        return as_asked(Rows(x, scales, weights, idx), send.rows), links
+
+
+def _row_bytes(part: Part | None) -> int:
+    return 0 if part is None else part.num_bytes
