@@ -32,7 +32,7 @@ from tests.test_low_latency import (
     experts_rows,
 )
 
-TIMEOUT = 0.02  # seconds of the emulated clock, which counts instructions
+TIMEOUT = 0.1  # seconds of the emulated clock, which counts instructions
 
 
 def no_report(buffers: Buffers | NodeBuffers) -> None:

@@ -1,6 +1,7 @@
 #pragma once
 // The machine: ranks, their memory, streams, and the kernels that run.
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -123,6 +124,7 @@ struct Options {
     u64 patience = 2'000'000;  // warp instructions without progress that count as a hang
     u64 nanoseconds_per_instruction = 10;
     double grace_seconds = 0.02;  // how long a run waits for ranks that are not there yet
+    double late_seconds = 1.0;    // how long a host may be away before time passes without it
     double host_seconds =
         120;  // how long ranks in synchronize wait for a host that launches nothing
 };
@@ -249,6 +251,7 @@ class Machine {
                        const Kernel& kernel);
     void mark_defined(Warp& warp, const Instruction& instruction, u32 active, const Kernel& kernel);
     bool let_time_pass();
+    bool is_host_late();
     bool is_idle(int rank, int stream) const;
     std::string describe_waiting() const;
     using Predicate = std::function<bool()>;
@@ -305,6 +308,9 @@ class Machine {
     u64 steps_ = 0, last_progress_ = 0, skipped_nanoseconds_ = 0;
     u64 last_time_read_ = 0;
     u32 num_time_jumps_ = 0;
+    // The last progress that a slice began with, and when.
+    u64 noted_progress_ = 0;
+    std::chrono::steady_clock::time_point noted_at_{};
     std::map<std::pair<int, int>, Knowledge>
         stream_knowledge_;  // what a stream's next kernel comes after
     // How many bursts pass per step of a copy or drained store: prompt in some runs, late in
