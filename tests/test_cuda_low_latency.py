@@ -6,7 +6,6 @@ built extension.
 
 import threading
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tests.packed_cases import PackedCase, check_packed, expected_combined
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
 from tests.cuda.buffers import Buffers, NodeBuffers
-from tests.emulator.coverage import Coverage
 from tests.test_dispatch import bits
 from tests.test_low_latency import (
     CASES,
@@ -290,32 +288,3 @@ def many_tokens(rank: int, buffer: Buffer) -> None:
     bad[2, 1] = many.num_experts
     with pytest.raises(ValueError, match="for token 2"):
         buffer.low_latency_dispatch(many.x(rank), bad, many.capacity, many.num_experts)
-
-
-def test_nearly_every_block_of_the_kernels_runs() -> None:
-    coverage = Coverage()
-
-    def add(buffers: Buffers, check: Callable[..., object], *args: object) -> None:
-        buffers.call(check, *args)
-        coverage.add(buffers.machine)
-
-    if find_spec("ep_megatron._nvshmem") is not None:  # some blocks are of several nodes
-        nodes = NodeBuffers("AB")
-        nodes.call(check_cases, [c for c in CASES.values() if c.num_ranks == 2], list(RECIPES))
-        coverage.add(nodes.machine)
-    for num_ranks in (2, 3, 8):
-        cases = [case for case in CASES.values() if case.num_ranks == num_ranks]
-        add(Buffers(num_ranks), check_cases, cases, list(RECIPES))
-    add(Buffers(2, window_bytes=16 << 20), many_tokens)
-    add(Buffers(2), check_bad_input_of)
-    add(Buffers(2), bad_handles)
-    add(Buffers(3, timeout=TIMEOUT), be_named)
-    add(Buffers(3, timeout=TIMEOUT, enable_shrink=True), come_late, threading.Event())
-    add(Buffers(3, enable_shrink=True), mask_by_hand, threading.Barrier(3).wait)
-    coverage.blocks = {k: b for k, b in coverage.blocks.items() if k.startswith("ep_packed_")}
-    print(coverage.table())
-    missed = [f"{k} {block}" for k in coverage.blocks for block in coverage.missed(k)]
-    for block in missed:
-        print(block)
-    assert len(coverage.blocks) in (10, 12)
-    assert 1 - len(missed) / sum(map(len, coverage.blocks.values())) >= 0.95

@@ -5,7 +5,7 @@
 // here waits: ep_notify_kernel, before on the same stream, has seen that all rows are there.
 #include "cuda/links.cuh"
 #include "cuda/protocol.h"
-#include "cuda/push.cuh"
+#include "cuda/rows.cuh"
 
 namespace ep::cuda {
 namespace {
@@ -34,8 +34,9 @@ struct Addends {
     unsigned group_starts;  // lanes whose row is the first from its rank
 };
 
-/// Sum the biases and rows of one piece; at least two of them in all.
-template <class D>
+/// Sum the biases and rows of one piece; at least two of them in all. Unless they are nested, the
+/// rows are all of one rank.
+template <class D, bool kIsNested>
 __device__ __forceinline__ void sum_piece(const Addends& addends,
                                           const char* bias_0,
                                           const char* bias_1,
@@ -45,6 +46,13 @@ __device__ __forceinline__ void sum_piece(const Addends& addends,
     uint4 bits[kUnroll], next[kUnroll];
     Piece<D> row, partial;
     bool has_total = bias_0 != nullptr, has_partial = false;
+    const auto add = [&](const Piece<D>& addend) {
+        if (has_total)
+            total += addend;
+        else
+            total = addend;
+        has_total = true;
+    };
     if (addends.rows != 0)
         load_pieces(from_lane(addends.row, __ffs(addends.rows) - 1), at, num_bytes, next);
     if (bias_0 != nullptr) {
@@ -62,29 +70,24 @@ __device__ __forceinline__ void sum_piece(const Addends& addends,
         row.set(next);
         // The next row is on its way while this one is added.
         if (left != 0) load_pieces(from_lane(addends.row, __ffs(left) - 1), at, num_bytes, next);
+        if (!kIsNested) {
+            add(row);
+            continue;
+        }
         if ((addends.group_starts >> lane & 1) == 0) {
             partial += row;
             continue;
         }
-        if (has_partial) {
-            if (has_total)
-                total += partial;
-            else
-                total = partial;
-            has_total = true;
-        }
+        if (has_partial) add(partial);
         partial = row;
         has_partial = true;
     }
-    if (!has_partial) return;
-    if (has_total)
-        total += partial;
-    else
-        total = partial;
+    if (has_partial) add(partial);
 }
 
-/// Sum a row's biases and addends into `out`; zeros where there are none.
-template <class D>
+/// Sum a row's biases and addends into `out`; zeros where there are none. Rows that are not nested
+/// are at least one.
+template <class D, bool kIsNested = true>
 __device__ __forceinline__ void sum_row(
     const Addends& addends, const char* bias_0, const char* bias_1, char* out, int num_bytes) {
     const int num_addends = __popc(addends.rows) + (bias_0 != nullptr) + (bias_1 != nullptr);
@@ -94,14 +97,14 @@ __device__ __forceinline__ void sum_row(
     for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
         const int at = step + lane_at;
         uint4 bits[kUnroll];
-        if (num_addends == 0) {
+        if (kIsNested && num_addends == 0) {
 #pragma unroll
             for (int i = 0; i < kUnroll; ++i) bits[i] = make_uint4(0, 0, 0, 0);
         } else if (num_addends == 1) {  // its bits, a NaN's payload included
             load_pieces(only, at, num_bytes, bits);
         } else {
             Piece<D> total;
-            sum_piece<D>(addends, bias_0, bias_1, at, num_bytes, total);
+            sum_piece<D, kIsNested>(addends, bias_0, bias_1, at, num_bytes, total);
 #pragma unroll
             for (int i = 0; i < kUnroll; ++i) bits[i] = total.lanes[i].round();
         }
@@ -199,32 +202,6 @@ __device__ __forceinline__ void stage_weights(const StageArgs& args) {
             *reinterpret_cast<const uint32_t*>(args.weights + at);
 }
 
-/// Sum the rows of lanes `rows`, at least two, in the order of the lanes.
-template <class D>
-__device__ __forceinline__ void sum_rows(const char* mine,
-                                         unsigned rows,
-                                         char* out,
-                                         int num_bytes) {
-    const int lane_at = threadIdx.x % kWarpSize * kLaneBytes;
-    for (int step = 0; step < num_bytes; step += kUnroll * kStepBytes) {
-        const int at = step + lane_at;
-        uint4 next[kUnroll];
-        Piece<D> total, row;
-        load_pieces(from_lane(mine, 0), at, num_bytes, next);
-        total.set(next);
-#pragma unroll 1
-        for (unsigned left = rows & (rows - 1); left != 0; left &= left - 1) {
-            load_pieces(from_lane(mine, __ffs(left) - 1), at, num_bytes, next);
-            row.set(next);
-            total += row;
-        }
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i)
-            if (at + i * kStepBytes < num_bytes)
-                store_16(out + at + i * kStepBytes, total.lanes[i].round());
-    }
-}
-
 template <class D>
 __device__ __forceinline__ void reduce(const ReduceArgs& args) {
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
@@ -233,14 +210,10 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
     for (int64_t head = warp; head < num_rows; head += num_warps) {
         if (args.links[head].head != head) continue;
         const int64_t mine = row_of_token(args.links, head);
-        const unsigned rows = __ballot_sync(kAllLanes, mine >= 0);
-        const char* row = args.stage.rows + (mine < 0 ? 0 : mine) * args.row_bytes;
-        char* to = args.stage.to_rows + head * args.row_bytes;
-        if (rows == 1u)  // its bits, a NaN's payload included
-            push_row(args.stage.rows + head * args.row_bytes,
-                     threadIdx.x % kWarpSize == 0 ? to : nullptr, args.row_bytes);
-        else
-            sum_rows<D>(row, rows, to, args.row_bytes);
+        const Addends addends{args.stage.rows + mine * args.row_bytes,
+                              __ballot_sync(kAllLanes, mine >= 0), 1u};
+        sum_row<D, false>(addends, nullptr, nullptr, args.stage.to_rows + head * args.row_bytes,
+                          args.row_bytes);
     }
     stage_weights(args.stage);
 }

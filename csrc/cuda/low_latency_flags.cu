@@ -17,9 +17,11 @@ constexpr int kMeetWarps = kMeetThreads / kWarpSize;
 
 enum class Outcome { kCame, kMasked, kLate };
 
+/// Looks at both: what a rank has read before it masked this one comes before what is written there
+/// from now on, also where this one masks it, too.
 __device__ __forceinline__ bool is_masked(const PackedArgs& args, int peer) {
-    return args.state->masked[peer] != 0 ||
-           load_acquire_system(&args.control[args.rank]->masked_by[peer]) != 0;
+    const bool masks_this = load_acquire_system(&args.control[args.rank]->masked_by[peer]) != 0;
+    return masks_this || args.state->masked[peer] != 0;
 }
 
 /// Wait for a peer's flag, unless it is masked, or masks this rank meanwhile.
@@ -51,16 +53,16 @@ __device__ __forceinline__ void lose(const PackedArgs& args, int peer) {
 /// Note a call's end for good if one of the block's threads says so. All threads take part.
 __device__ __forceinline__ bool is_broken(const PackedArgs& args, bool is_late) {
     const bool is_any_late = __syncthreads_or(is_late && !args.masks_late);
-    if (is_any_late && threadIdx.x == 0) args.state->broken = args.epoch;
+    if (is_any_late && threadIdx.x == 0) args.state->broken = 1;
     return is_any_late;
 }
 
 constexpr uint32_t kNone = 0xffffffffu;
 
-/// The least of all threads' numbers. All threads of the block take part.
+/// The least of all threads' numbers. All threads of the block take part; `by_warp` is for one
+/// call.
 __device__ __forceinline__ uint32_t least(uint32_t mine, uint32_t* by_warp) {
     const uint32_t of_warp = __reduce_min_sync(kAllLanes, mine);
-    __syncthreads();  // the last answer has been read
     if (threadIdx.x % kWarpSize == 0) by_warp[threadIdx.x / kWarpSize] = of_warp;
     __syncthreads();
     return __reduce_min_sync(kAllLanes, by_warp[threadIdx.x % kWarpSize]);
@@ -75,7 +77,7 @@ __device__ __forceinline__ int64_t index_at(const PackedArgs& args, int64_t slot
 /// named too often, or the first entry of the layout that cannot be. All threads take part.
 __device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
                                                   const int32_t* counts,
-                                                  uint32_t* by_warp,
+                                                  uint32_t (*by_warp)[kMeetWarps],
                                                   PackedHead& head) {
     const int thread = threadIdx.x;
     const int64_t num_slots = args.num_tokens * args.num_topk;
@@ -85,12 +87,13 @@ __device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
         const int64_t expert = index_at(args, slot);
         if (expert < -1 || expert >= args.num_experts) bad = min(bad, static_cast<uint32_t>(slot));
     }
-    const uint32_t bad_slot = least(bad, by_warp);
+    const uint32_t bad_slot = least(bad, by_warp[0]);
+    // From here on every thread sees all counts and the head.
     int64_t range = 0;  // first row and rows, of expert (dispatch) or layout entry `thread`
     if (thread < args.num_experts)
         range = args.operation == kPackedCombine ? args.layout_range[thread] : counts[thread];
     const uint32_t bad_range =
-        least(is_inside(args, range) ? kNone : static_cast<uint32_t>(thread), by_warp);
+        least(is_inside(args, range) ? kNone : static_cast<uint32_t>(thread), by_warp[1]);
     if (bad_slot != kNone) {
         if (thread != 0) return;
         head.kind = kPackedBadIndex;
@@ -139,15 +142,18 @@ __device__ __forceinline__ void push_posts(const PackedArgs& args,
     }
 }
 
-/// Each expert's slots here, a warp per expert. All threads take part.
+/// Each expert's slots here, a warp per expert. All threads take part, and a barrier must follow.
 __device__ __forceinline__ void count_slots(const PackedArgs& args, int32_t* counts) {
 #pragma unroll 1
     for (int expert = threadIdx.x / kWarpSize; expert < args.num_experts; expert += kMeetWarps) {
         const int count = count_of(args, expert);
         if (threadIdx.x % kWarpSize == 0) counts[expert] = count;
     }
-    __syncthreads();
 }
+
+// A rank that has given this one up may write its post of two calls later where this one still
+// reads the last: finish finds that out. Until then, whatever is read, rows are inside of their
+// window.
 
 /// From the posts of a dispatch: where each block of rows starts, for take and for the caller.
 /// Thread i does block i: the rows of rank i % R for local expert i / R.
@@ -161,7 +167,7 @@ __device__ __forceinline__ void lay_out(const PackedArgs& args,
 #pragma unroll 1
     for (int rank = 0; rank <= source; ++rank) {
         begin += count;
-        count = is_there[rank] ? posts[rank].numbers[local] : 0;
+        count = is_there[rank] ? min(max(posts[rank].numbers[local], 0), args.max_tokens) : 0;
     }
     args.state->begins[block] = begin;
     args.state->counts[block] = count;
@@ -177,11 +183,20 @@ __device__ __forceinline__ bool look_up(const PackedArgs& args,
                                         int32_t* counts) {
     const int thread = threadIdx.x, local = args.num_experts / args.num_ranks;
     count_slots(args, counts);
+    __syncthreads();
     if (thread < args.num_experts) {
         const int rank = thread / local;
-        const int32_t* numbers = posts[rank].numbers + 2 * (thread % local);
-        args.state->begins[thread] = is_there[rank] ? numbers[0] : -1;
-        counts[thread] = is_there[rank] ? counts[thread] - numbers[1] : 0;  // too many here
+        int begin = -1;
+        bool is_same = true;
+        if (is_there[rank]) {
+            const int32_t* numbers = posts[rank].numbers + 2 * (thread % local);
+            begin = numbers[0];
+            is_same = numbers[1] == counts[thread] && begin >= 0 &&
+                      static_cast<int64_t>(begin) + counts[thread] <=
+                          static_cast<int64_t>(args.num_ranks) * args.max_tokens;
+        }
+        args.state->begins[thread] = begin;
+        counts[thread] = !is_same;  // from here on: whether rows are elsewhere, or another number
     }
     __syncthreads();
     if (thread >= args.num_ranks || !is_there[thread]) return true;
@@ -236,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(kMeetThreads)
     ep_packed_post_kernel(const __grid_constant__ PackedArgs args) {
     __shared__ PackedHead head;
     __shared__ int32_t counts[kMaxExperts];
-    __shared__ uint32_t by_warp[kMeetWarps];
+    __shared__ uint32_t by_warp[2][kMeetWarps];
     if (args.state->broken != 0) return;
     const int thread = threadIdx.x;
     if (thread < static_cast<int>(sizeof(PackedHead) / 16))

@@ -93,7 +93,7 @@ struct alignas(16) PackedState {
     uint32_t told[kMaxRanks];  // of far ranks: what they have last been told of `masked`
     uint32_t late[kMaxRanks];  // who did not come, where that is an error
     uint32_t finished[2];      // the last calls of which far ranks may know that they are done
-    uint32_t broken;           // the call in which ranks were late, for good; 0: none
+    uint32_t broken;           // whether ranks were late, where that is an error: for good
     uint32_t status;           // PackedStatus of the receiving half that meet has begun
     uint32_t is_there[kMaxRanks];
     uint64_t rows[kMaxRanks];     // combine: as the posts say

@@ -241,8 +241,8 @@ class PackedCuda:
                 f"{name}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
-        epoch = self._epoch + 1 & _EPOCH_MASK
-        if epoch - 2 & _EPOCH_MASK in self._pending:
+        epoch = self._epoch + 1
+        if epoch - 2 in self._pending:
             raise too_many_pending(name)
         self._epoch = epoch
         return epoch
@@ -278,7 +278,7 @@ class PackedCuda:
             window_bytes=self._window.num_bytes,
             rank=self.rank,
             num_ranks=self.num_ranks,
-            epoch=epoch,
+            epoch=epoch & _EPOCH_MASK,  # kernels compare numbers by their difference
             masks_late=self._masks_late,
             operation=operation,
             mask_rank=-1,
@@ -396,5 +396,5 @@ class PackedCuda:
         """Let later kernels come after all ranks have read what is at a place."""
         if place.last_call <= epoch - 2:
             return  # the call before this one has waited
-        args = self._bare_args(place.last_call + 2 & _EPOCH_MASK, 0)
+        args = self._bare_args(place.last_call + 2, 0)
         self._launch(_cuda.PackedStep.begin, args)

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ep_megatron import Buffer
+import numpy as np
+
+from ep_megatron import Buffer, _cuda
 from ep_megatron.backends.base import Backend
 from ep_megatron.backends.packed_cuda import PackedCuda
 from ep_megatron.config import BufferConfig
@@ -45,6 +47,15 @@ class Buffers(Ranks):
             return EmulatedBuffer(backend, packed, enable_shrink)
 
         self.buffers: list[EmulatedBuffer] = self._on_threads(make)
+
+    def come_after(self, number: int) -> None:
+        """Let the next low-latency call be the one behind `number`, as if all before were done."""
+        words = np.full(4 * _cuda.MAX_RANKS, number & 0xFFFFFFFF, np.uint64)  # sent, done
+        for rank, buffer in enumerate(self.buffers):
+            packed: Any = buffer._low_latency
+            packed._epoch = number
+            self.machine.write(rank, packed._controls[rank], words)
+        self.machine.meet()
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Return every rank's `function(rank, buffer, *args)`; raise the first error."""

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Collection
 from unittest.mock import patch
 
+import pytest
+
 from tests.cuda import emulated
 from tests.cuda.emulated import shipped_ptx
 from tests.cuda.workloads import WORKLOADS
@@ -43,7 +45,13 @@ def noticed(kernel: str, text: str, seed: int, mode: str) -> set[str]:
         for workload in workloads:
             try:
                 reports = workload(ptx, seed, mode)
-            except (AssertionError, Fault, ValueError, RuntimeError) as error:
+            except (
+                AssertionError,
+                pytest.fail.Exception,
+                Fault,
+                ValueError,
+                RuntimeError,
+            ) as error:
                 return {f"{workload.__name__}: {'fault' if isinstance(error, Fault) else 'error'}"}
             if reports:
                 return {f"{workload.__name__}: {kind}" for kind, _ in reports}

@@ -5,9 +5,9 @@ wrong, and returns what the machine reported.
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,26 +17,15 @@ from ep_megatron import _cuda
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.config import BufferConfig
-from tests.cuda.buffers import Buffers, NodeBuffers
 from tests.cuda.emulated import Ranks, shipped_ptx
 from tests.cuda.nic import Nodes
+from tests.cuda.packed_workloads import PACKED, Reports, Workload
 from tests.cuda.within import LATE, check_failures, check_within
 from tests.routing import Case
-from tests.test_cuda_low_latency import (
-    TIMEOUT,
-    bad_handles,
-    be_named,
-    come_late,
-    mask_by_hand,
-    stay_away,
-    two_zero_copies,
-)
 from tests.test_cuda_nodes import CASES, check, lossy
-from tests.test_low_latency import check_bad_input_of, check_hooks_of, check_steps_of
 
 # Enough tokens for several steps of a warp and, with more SMs, several blocks.
 CASE = Case("mutants", (70, 20, 3), num_topk=4, experts_per_rank=6, hidden=8, alignment=4)
-Reports = list[tuple[str, str]]
 _SLOTS = 2  # of a post, which must be written again
 
 
@@ -132,81 +121,6 @@ def within(kernels: list[str], seed: int, mode: str) -> Reports:
     return reports
 
 
-# -- low-latency calls ----------------------------------------------------------------------------
-
-
-def _called(buffers: Buffers, *functions: Callable[..., Any]) -> Reports:
-    for function in functions:
-        buffers.call(function)
-    reports: Reports = buffers.machine.report()
-    return reports
-
-
-def packed_steps(kernels: list[str], seed: int, mode: str) -> Reports:
-    """Many steps out of step, with and without hooks and zero-copy."""
-    buffers = Buffers(3, seed, mode, kernels=kernels)
-    return _called(buffers, lambda rank, buffer: check_steps_of(rank, buffer, 4))
-
-
-def packed_hooks(kernels: list[str], seed: int, mode: str) -> Reports:
-    """Two calls under way at once, and rows that readers of two combines share."""
-    return _called(Buffers(2, seed, mode, kernels=kernels), check_hooks_of, two_zero_copies)
-
-
-def _but_races(reports: Reports) -> Reports:
-    """Leave out what is read or written at once and thrown away; see docs/kernels.md."""
-    return [(kind, text) for kind, text in reports if kind != "race"]
-
-
-def packed_far(kernels: list[str], seed: int, mode: str) -> Reports:
-    """Calls between three ranks of two nodes, out of step."""
-    buffers = NodeBuffers("ABA", seed, mode, kernels=kernels)
-    buffers.call(lambda rank, buffer: check_steps_of(rank, buffer, 4))
-    reports: Reports = buffers.machine.report()
-    return reports
-
-
-def packed_refused(kernels: list[str], seed: int, mode: str) -> Reports:
-    """Calls that all ranks refuse, for values: of indices, of a layout."""
-    return _called(Buffers(2, seed, mode, kernels=kernels), bad_handles)
-
-
-def packed_disagreed(kernels: list[str], seed: int, mode: str) -> Reports:
-    """Calls that all ranks refuse, for anything; ranks of unequal sizes push to the same slots."""
-    return _but_races(_called(Buffers(2, seed, mode, kernels=kernels), check_bad_input_of))
-
-
-def packed_masked(kernels: list[str], seed: int, mode: str) -> Reports:
-    """Ranks that mask each other by hand and take each other back."""
-    buffers = Buffers(3, seed, mode, enable_shrink=True, kernels=kernels)
-    barrier = threading.Barrier(3)
-    found = buffers.call(mask_by_hand, barrier.wait)
-    assert found == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
-    return _called(buffers)
-
-
-def packed_absent(kernels: list[str], seed: int, mode: str) -> Reports:
-    """A rank that stays away and is masked."""
-    buffers = Buffers(3, seed, mode, timeout=TIMEOUT, enable_shrink=True, kernels=kernels)
-    assert buffers.call(stay_away) == [[0, 1, 0], [], [0, 1, 0]]
-    return _but_races(_called(buffers))
-
-
-def packed_late(kernels: list[str], seed: int, mode: str) -> Reports:
-    """A rank that comes after it was masked, and finds out."""
-    buffers = Buffers(3, seed, mode, timeout=TIMEOUT, enable_shrink=True, kernels=kernels)
-    found = buffers.call(come_late, threading.Event())
-    assert found == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
-    return _but_races(_called(buffers))
-
-
-def packed_named(kernels: list[str], seed: int, mode: str) -> Reports:
-    """A rank that stays away, where that is an error."""
-    buffers = Buffers(3, seed, mode, timeout=TIMEOUT, kernels=kernels)
-    assert buffers.call(be_named)[1] == ""
-    return _called(buffers)
-
-
 # -- several nodes --------------------------------------------------------------------------------
 
 
@@ -224,7 +138,10 @@ def rows_that_are_lost(backend: Backend, _reference: Backend) -> None:
     crossing: Any = getattr(backend, "_crossing")  # noqa: B009
     rank = backend.rank
     num_rows = [[int(a // 2 != b // 2) for b in range(4)] for a in range(4)]
-    crossing.exchange(torch.zeros(2, 16, dtype=torch.uint8), num_rows)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    # Who reads the rows waits for the kernel; this host is to learn of it by its word alone.
+    with patch.object(crossing._device, "views", lambda *_: nothing):
+        crossing.exchange(torch.zeros(2, 16, dtype=torch.uint8), num_rows)
     if rank < 2:
         crossing._device.wait_for_word(crossing._error, crossing._epoch, 0)
         with pytest.raises(RuntimeError, match="got nothing from rank 2;"):
@@ -240,21 +157,11 @@ def not_crossing(kernels: list[str], seed: int, mode: str) -> Reports:
     return reports
 
 
-WORKLOADS: dict[str, list[Callable[[list[str], int, str], Reports]]] = {
+WORKLOADS: dict[str, list[Workload]] = {
     "ep_count_kernel": [arriving],
     "ep_route_kernel": [arriving],
     "ep_notify_kernel": [arriving, within, not_arriving],
     "ep_arrive_kernel": [arriving, not_arriving],
-    "ep_packed_": [
-        packed_steps,
-        packed_hooks,
-        packed_far,
-        packed_masked,
-        packed_refused,
-        packed_disagreed,
-        packed_absent,
-        packed_named,
-        packed_late,
-    ],
+    "ep_packed_": PACKED,
     "ep_cross_wait_kernel": [crossing, not_crossing],
 }

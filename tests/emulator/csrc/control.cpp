@@ -46,6 +46,8 @@ Outcome leave(Step& step, const Instruction&) {
 }
 
 Outcome trap(Step& step, const Instruction& instruction) {
+    Kernel& kernel = *step.cta.launch->kernel;  // counted here, for it does not return
+    ++kernel.reached[size_t(&instruction - kernel.code.data())];
     step.machine.fault(step.warp, step.first_lane(), instruction, "trap");
 }
 
