@@ -137,3 +137,12 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Free what peers do not reach, after the last kernel; the rest is theirs to read."""
+
+
+def check_not_capturing(device: Device, operation: str, advice: str) -> None:
+    """Raise a RuntimeError where a call that waits on the host would go into a graph."""
+    if device.is_capturing():
+        raise RuntimeError(
+            f"{operation}: expected a call that waits for nothing on the host while a CUDA graph "
+            f"is captured, got one that does; {advice}"
+        )

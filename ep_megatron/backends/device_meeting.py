@@ -7,7 +7,7 @@ import torch
 
 from ep_megatron import _cuda
 from ep_megatron.backends.base import DTYPES, Call, PeerReport, check_agreement
-from ep_megatron.backends.device import Device
+from ep_megatron.backends.device import Device, check_not_capturing
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, share
 from ep_megatron.backends.meeting import Meeting
 
@@ -99,12 +99,8 @@ class DeviceMeeting:
         Raises:
             RuntimeError: if ranks did not come in time, or in an earlier call.
         """
-        if self._device.is_capturing():
-            raise RuntimeError(
-                f"{operation}: expected a call that waits for nothing on the host while a CUDA "
-                "graph is captured, got one that does; give num_worst_tokens to the dispatch, and "
-                "make the same calls once before the capture"
-            )
+        advice = "give num_worst_tokens to the dispatch, and make the same calls once before"
+        check_not_capturing(self._device, operation, advice)
         args = self._begin(operation)
         args.is_awaited, args.report = True, self._report.device_address
         args.set_head(

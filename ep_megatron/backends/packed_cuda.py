@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
-from ep_megatron.backends.device import Device, Memory
+from ep_megatron.backends.device import Device, Memory, check_not_capturing
 from ep_megatron.backends.device_rows import recipe_of
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.backends.network import Network
@@ -241,11 +241,11 @@ class PackedCuda:
                 f"{name}: expected a working Buffer, got one that broke down "
                 f"({self._broken}); make a new Buffer"
             )
-        epoch = self._epoch + 1
-        if epoch - 2 in self._pending:
+        check_not_capturing(self._device, name, "low-latency calls are not for graphs")
+        if self._epoch - 1 in self._pending:
             raise too_many_pending(name)
-        self._epoch = epoch
-        return epoch
+        self._epoch += 1
+        return self._epoch
 
     def _args(
         self, epoch: int, call: LowLatencyCall, slots: Memory | None, *, rows_at: int = 0
