@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -118,8 +119,10 @@ def test_a_dead_rank_costs_its_tokens_only(backend: str) -> None:
     assert answers[0] == answers[2] == ("returned", [0, 1, 0])
 
 
-def die_between_halves(rank: int, buffer: Buffer) -> list[int]:
-    """The last rows of a rank that dies after its sending half arrive; its experts are gone."""
+def die_between_halves(
+    rank: int, buffer: Buffer, check: Callable[..., None], use_logfmt: bool
+) -> list[int]:
+    """A rank dies after its sending half: `check` what arrives; its experts are gone either way."""
     idx = CASE.topk_idx(rank)
     recv, count, handle, _, hook = buffer.low_latency_dispatch(
         CASE.x(rank), idx, CASE.capacity, CASE.num_experts, use_fp8=False, return_recv_hook=True
@@ -131,16 +134,33 @@ def die_between_halves(rank: int, buffer: Buffer) -> list[int]:
     assert hook is not None
     hook()
     assert isinstance(recv, torch.Tensor)
-    check_packed(CASE, rank, recv, count, handle, None)
+    check(CASE, rank, recv, count, handle, None)
     first = rank * CASE.experts_per_rank
     rows = torch.stack([expert_output(x, first + e) for e, x in enumerate(recv)])
-    out, _, _ = buffer.low_latency_combine(rows, idx, CASE.weights(rank), handle)
-    assert torch.equal(out, expected_combined(CASE, rank, masked=(1,)))
+    out, _, _ = buffer.low_latency_combine(
+        rows, idx, CASE.weights(rank), handle, use_logfmt=use_logfmt
+    )
+    as_sent = as_logfmt if use_logfmt else torch.Tensor.float
+    assert torch.equal(out, expected_combined(CASE, rank, masked=(1,), as_sent=as_sent))
     return masks(buffer)
 
 
+def check_perhaps(
+    case: PackedCase, rank: int, _recv: object, _count: object, handle: Any, _: object
+) -> None:
+    """What a rank sent over gloo before it died may have arrived or not."""
+    counts = handle[1] & 0xFFFFFFFF
+    for expert, by_source in enumerate(expected_packed(case, rank)):
+        for source, tokens in enumerate(by_source):
+            assert int(counts[expert, source]) in {len(tokens), 0 if source == 1 else len(tokens)}
+
+
+SURE = partial(die_between_halves, check=check_packed, use_logfmt=False)
+PERHAPS = partial(die_between_halves, check=check_perhaps, use_logfmt=True)
+
+
 def test_rows_of_a_rank_that_died_after_sending_arrive() -> None:
-    answers = run("shared_memory", True, die_between_halves, dead=1)
+    answers = run("shared_memory", True, SURE, dead=1)
     assert answers[0] == answers[2] == ("returned", [0, 1, 0])
 
 
@@ -193,34 +213,8 @@ def test_a_late_rank_over_gloo_is_named_and_a_new_buffer_works() -> None:
     assert answers == [("returned", [0, 0, 0]), ("returned", [1, 0, 1]), ("returned", [0, 0, 0])]
 
 
-def die_between_halves_over_gloo(rank: int, buffer: Buffer) -> list[int]:
-    """What a rank sent before it died may have arrived or not; its experts are gone either way."""
-    idx = CASE.topk_idx(rank)
-    recv, _, handle, _, hook = buffer.low_latency_dispatch(
-        CASE.x(rank), idx, CASE.capacity, CASE.num_experts, use_fp8=False, return_recv_hook=True
-    )
-    dist.barrier()
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
-    assert hook is not None
-    hook()
-    assert isinstance(recv, torch.Tensor)
-    counts = handle[1] & 0xFFFFFFFF
-    arrived = expected_packed(CASE, rank)
-    for expert, by_source in enumerate(arrived):
-        for source, tokens in enumerate(by_source):
-            assert int(counts[expert, source]) in {len(tokens), 0 if source == 1 else len(tokens)}
-    first = rank * CASE.experts_per_rank
-    rows = torch.stack([expert_output(x, first + e) for e, x in enumerate(recv)])
-    out, _, _ = buffer.low_latency_combine(rows, idx, CASE.weights(rank), handle, use_logfmt=True)
-    expected = expected_combined(CASE, rank, masked=(1,), as_sent=as_logfmt)
-    assert torch.equal(out, expected)
-    return masks(buffer)
-
-
 def test_a_rank_that_died_between_the_halves_over_gloo_is_masked() -> None:
-    answers = run("process_group", True, die_between_halves_over_gloo, dead=1)
+    answers = run("process_group", True, PERHAPS, dead=1)
     assert answers[0] == answers[2] == ("returned", [0, 1, 0])
 
 
