@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_row_of_the_table_of_faults_names_tests_that_exist() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    (first, *_) = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)  # of the page's tables
+    rows = [line for line in first.splitlines() if line.startswith("| ")]
     header, rows = rows[0], rows[1:]
     assert header.split("|")[1].strip() == "fault"
     assert len(rows) > 10
