@@ -114,7 +114,8 @@ class HostPlan:
 
     def num_places(self, host: int) -> int:
         """Return how many ranks and experts a host has."""
-        return len(self._columns(host))
+        experts_per_rank = self.routing.num_experts // self.num_ranks
+        return len(self.hosts.members[host]) * (1 + experts_per_rank)
 
     def all_counts(self, everyone: Tensor) -> Counts:
         """Return what follows from the `counts` of all ranks, `[R, R + E + hosts]`."""

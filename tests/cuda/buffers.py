@@ -23,7 +23,17 @@ class EmulatedBuffer(Buffer):
         self._serve(backend, packed)
 
 
-class Buffers(Ranks):
+class _WithBuffers(Ranks):
+    """Ranks that have a Buffer each."""
+
+    buffers: list[EmulatedBuffer]
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return every rank's `function(rank, buffer, *args)`; raise the first error."""
+        return self._on_threads(lambda rank: function(rank, self.buffers[rank], *args))
+
+
+class Buffers(_WithBuffers):
     """Emulated GPUs with a Buffer on each; arguments as those of `Ranks`."""
 
     def __init__(
@@ -46,7 +56,7 @@ class Buffers(Ranks):
             packed = PackedCuda(meeting, device, config, window_bytes, enable_shrink=enable_shrink)
             return EmulatedBuffer(backend, packed, enable_shrink)
 
-        self.buffers: list[EmulatedBuffer] = self._on_threads(make)
+        self.buffers = self._on_threads(make)
 
     def come_after(self, number: int) -> None:
         """Let the next low-latency call be the one behind `number`, as if all before were done."""
@@ -57,12 +67,8 @@ class Buffers(Ranks):
             self.machine.write(rank, packed._controls[rank], words)
         self.machine.meet()
 
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return every rank's `function(rank, buffer, *args)`; raise the first error."""
-        return self._on_threads(lambda rank: function(rank, self.buffers[rank], *args))
 
-
-class NodeBuffers(Nodes):
+class NodeBuffers(Nodes, _WithBuffers):
     """Emulated GPUs of several nodes, for low-latency calls; arguments as those of `Buffers`."""
 
     def __init__(
@@ -94,8 +100,4 @@ class NodeBuffers(Nodes):
             )
             return EmulatedBuffer(backend, packed, enable_shrink)
 
-        self.buffers: list[EmulatedBuffer] = self._on_threads(make)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return every rank's `function(rank, buffer, *args)`; raise the first error."""
-        return self._on_threads(lambda rank: function(rank, self.buffers[rank], *args))
+        self.buffers = self._on_threads(make)

@@ -7,9 +7,9 @@ is that of tests/cuda/emulated.py: the same launches and copies again, with the 
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ep_megatron.fp8 import FP8, Fp8Recipe
 from ep_megatron.handle import DeviceHandle
 from tests.cuda.emulated import EmulatedDevice, Ranks
 from tests.cuda.layers import new_buffer, run_with_buffers
+from tests.cuda.seeds import has_failed
 from tests.cuda.within import same
 from tests.routing import Case
 
@@ -159,25 +160,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="interleavings of each layer")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4, 8])
     args = parser.parse_args()
-    failed = False
+    any_failed = False
     for mode, num_tokens, expand in itertools.product(("race", "weak"), SIZES, (False, True)):
         if len(num_tokens) not in args.ranks:
             continue
-        begin, outcome = time.monotonic(), "no difference, no report"
-        try:
-            for seed in range(args.seeds):
-                recipe = FP8 if seed % 4 == 3 else None
-                hidden = CASE.hidden if recipe is None else 128
-                case = replace(CASE, num_tokens=num_tokens, hidden=hidden)
-                run(Ranks(len(num_tokens), seed, mode), replayed, case, expand, recipe)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            outcome, failed = f"FAILED: {error}", True
-        print(
-            f"{mode} EP {len(num_tokens)} {'by expert' if expand else 'by rank'}: {args.seeds} "
-            f"seeds, {len(STYLES)} replays each, {outcome} ({time.monotonic() - begin:.0f} s)",
-            flush=True,
-        )
-    sys.exit(failed)
+        what = f"{mode} EP {len(num_tokens)} {'by expert' if expand else 'by rank'}"
+        what += f", {len(STYLES)} replays each"
+        make = partial(_make, mode, num_tokens, expand)
+        any_failed |= has_failed(what, args.seeds, make)
+    sys.exit(any_failed)
+
+
+def _make(mode: str, num_tokens: tuple[int, ...], expand: bool, seed: int) -> None:
+    recipe = FP8 if seed % 4 == 3 else None
+    hidden = CASE.hidden if recipe is None else 128
+    case = replace(CASE, num_tokens=num_tokens, hidden=hidden)
+    run(Ranks(len(num_tokens), seed, mode), replayed, case, expand, recipe)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ reported.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from tests.cuda.calls import FLOATS, check_drawn
 from tests.cuda.calls import RECIPES as DRAWN_RECIPES
 from tests.cuda.emulated import NUM_SMS, Ranks
 from tests.cuda.nic import Nodes
+from tests.cuda.seeds import has_failed
 from tests.routing import Case
 from tests.test_cuda_backend import check_case, check_fp8, check_reduced
 from tests.test_cuda_low_latency import two_zero_copies
@@ -144,25 +144,20 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", help="only calls of these many ranks")
     parser.add_argument("--only", default="", help="only calls with this in their name")
     args = parser.parse_args()
-    has_failed = False
+    any_failed = False
     for calls in all_calls():
         if args.only not in calls.name or calls.num_ranks not in (args.ranks or ALL_RANKS):
             continue
         for mode in ("race", "weak"):
-            begin, outcome = time.monotonic(), "no difference, no report"
-            try:
-                for seed in range(args.seeds):
-                    ranks = calls.make(seed, mode)
-                    calls.run(ranks, seed)
-                    assert not ranks.machine.report(), (seed, ranks.machine.report())
-            except (AssertionError, RuntimeError, ValueError) as error:
-                outcome, has_failed = f"FAILED in seed {seed}: {error}", True
-            print(
-                f"{mode} EP {calls.num_ranks}, {calls.name}: {args.seeds} seeds, {outcome} "
-                f"({time.monotonic() - begin:.0f} s)",
-                flush=True,
-            )
-    sys.exit(has_failed)
+            what = f"{mode} EP {calls.num_ranks}, {calls.name}"
+            any_failed |= has_failed(what, args.seeds, partial(_make, calls, mode))
+    sys.exit(any_failed)
+
+
+def _make(calls: Calls, mode: str, seed: int) -> None:
+    ranks = calls.make(seed, mode)
+    calls.run(ranks, seed)
+    assert not ranks.machine.report(), ranks.machine.report()
 
 
 if __name__ == "__main__":
