@@ -1,10 +1,14 @@
 """Three fresh processes with a Buffer each, that a test may kill, stop or interrupt."""
 
+import faulthandler
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +23,12 @@ CASE = Case("faults", (40, 30, 20), hidden=64)
 TIMEOUT = 3.0
 
 
-def _start(rank: int, backend: str, store: str, pipe: Connection, role: Callable[..., Any]) -> None:
+def _start(
+    rank: int, backend: str, folder: Path, pipe: Connection, role: Callable[..., Any]
+) -> None:
+    faulthandler.register(signal.SIGUSR1, _stacks(folder, rank).open("w"))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=30), 3, rank)
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), 3, rank)
     assert dist.group.WORLD is not None
     host_id = "A" if rank == 0 else "B"  # for a backend that asks
     config = BufferConfig(backend=backend, timeout=TIMEOUT, host_id=host_id)
@@ -40,16 +47,23 @@ def _start(rank: int, backend: str, store: str, pipe: Connection, role: Callable
     pipe.recv()
 
 
+def _stacks(folder: Path, rank: int) -> Path:
+    return folder / f"stacks_of_rank_{rank}"
+
+
 class Ranks:
     """Three fresh processes that may be killed; every one is ended with the test."""
 
     def __init__(self, backend: str, role: Callable[..., Any]) -> None:
         context = fresh_processes()
-        store = tempfile.mkdtemp(prefix="ep_faults_") + "/store"
+        self._files = tempfile.TemporaryDirectory(prefix="ep_faults_")
+        self.folder = Path(self._files.name)
         pipes = [context.Pipe() for _ in range(3)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_start, args=(rank, backend, store, theirs, role), daemon=True)
+            context.Process(
+                target=_start, args=(rank, backend, self.folder, theirs, role), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -68,7 +82,7 @@ class Ranks:
             pipe.send("go")
 
     def answer(self, rank: int) -> tuple[str, str, float]:
-        assert self.pipes[rank].poll(30), f"rank {rank} hangs"
+        assert self.pipes[rank].poll(30), f"rank {rank} hangs:\n{self.stacks()}"
         answer: tuple[str, str, float] = self.pipes[rank].recv()
         return answer
 
@@ -84,6 +98,15 @@ class Ranks:
             messages.append(message)
         return messages
 
+    def stacks(self) -> str:
+        """Return where the threads of all ranks are that live."""
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)  # that it takes them to write
+        texts = [_stacks(self.folder, rank).read_text() for rank in range(3)]
+        return "\n".join(f"rank {rank}\n{text}" for rank, text in enumerate(texts))
+
     def pid(self, rank: int) -> int:
         pid = self.processes[rank].pid
         assert pid is not None
@@ -94,3 +117,4 @@ class Ranks:
             if process.is_alive():
                 process.kill()
             process.join()
+        self._files.cleanup()

@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 
 from ep_megatron import Buffer
+from ep_megatron.backends.packed_cuda import PackedCuda
 from tests.cuda.buffers import Buffers, NodeBuffers
 from tests.packed_cases import PackedCase, check_packed
 from tests.test_cuda_low_latency import (
@@ -35,7 +36,7 @@ setp.ne.u32 %is_shut, %gated, 0; @%is_shut bra ep_gate_again; }
 """
 
 
-def _called(buffers: Buffers, *functions: Callable[..., Any]) -> Reports:
+def _called(buffers: Buffers | NodeBuffers, *functions: Callable[..., Any]) -> Reports:
     for function in functions:
         buffers.call(function)
     reports: Reports = buffers.machine.report()
@@ -61,9 +62,7 @@ def packed_hooks(kernels: list[str], seed: int, mode: str) -> Reports:
 def packed_far(kernels: list[str], seed: int, mode: str) -> Reports:
     """Calls between three ranks of two nodes, out of step."""
     buffers = NodeBuffers("ABA", seed, mode, kernels=kernels)
-    buffers.call(lambda rank, buffer: check_steps_of(rank, buffer, 4))
-    reports: Reports = buffers.machine.report()
-    return reports
+    return _called(buffers, lambda rank, buffer: check_steps_of(rank, buffer, 4))
 
 
 def packed_refused(kernels: list[str], seed: int, mode: str) -> Reports:
@@ -168,7 +167,7 @@ class Dispatch:
         )
 
 
-def _each(buffers: Buffers, *functions: Callable[[Buffer], object]) -> Reports:
+def _each(buffers: Buffers | NodeBuffers, *functions: Callable[[Buffer], object]) -> Reports:
     """Let every rank do its own."""
     buffers.call(lambda rank, buffer: functions[rank](buffer))
     reports: Reports = buffers.machine.report()
@@ -254,6 +253,54 @@ def packed_masked_in_meet(kernels: list[str], seed: int, mode: str) -> Reports:
 
     gated = Gate.put(kernels, "ep_packed_meet_kernel", 2)
     buffers = Buffers(2, seed, mode, enable_shrink=True, kernels=gated)
+    buffers.machine.on_call("ep_gate", gate)
+    return _each(buffers, masker, waiter)
+
+
+def lose_rows(buffers: NodeBuffers, source: int) -> None:
+    """Let no row of a rank arrive at other nodes; its posts do."""
+    packed, put = buffers.buffers[source]._low_latency, buffers.machine._functions["ep_put_signal"]
+    assert isinstance(packed, PackedCuda)
+    begin = packed._windows[source]
+    window = range(begin, begin + packed._window.num_bytes)
+
+    def put_others(rank: int, lane: int, arguments: tuple[int, ...]) -> int | None:
+        is_row = rank == source and arguments[0] in window
+        return None if is_row else put(rank, lane, arguments)
+
+    buffers.machine.on_call("ep_put_signal", put_others)
+
+
+def late_rows(buffers: NodeBuffers) -> Reports:
+    """The post of rank 0 comes to rank 1, of another node, and no row: rank 1 masks it."""
+    lose_rows(buffers, 0)
+
+    def sender(buffer: Buffer) -> None:
+        Dispatch(0, buffer, TWO, 1).receive()
+
+    def receiver(buffer: Buffer) -> None:
+        Dispatch(1, buffer, TWO, 1).receive((0,))
+
+    return _each(buffers, sender, receiver)
+
+
+def packed_masked_before_rows(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Rank 1 has the post of rank 0, of another node, and waits for its rows; then it is masked."""
+    gate = Gate(1)
+
+    def masker(buffer: Buffer) -> None:
+        dispatch = Dispatch(0, buffer, TWO, 1)
+        assert gate.has_come.wait(120)
+        buffer.low_latency_update_mask_buffer(1, True)
+        gate.open()
+        dispatch.receive((1,))
+
+    def waiter(buffer: Buffer) -> None:
+        Dispatch(1, buffer, TWO, 1).receive((0,))
+
+    gated = Gate.put(kernels, "ep_packed_meet_kernel", 4)
+    buffers = NodeBuffers("AB", seed, mode, enable_shrink=True, kernels=gated)
+    lose_rows(buffers, 0)
     buffers.machine.on_call("ep_gate", gate)
     return _each(buffers, masker, waiter)
 
@@ -395,6 +442,7 @@ PACKED: list[Workload] = [
     packed_masked_both,
     packed_masked_in_begin,
     packed_masked_in_meet,
+    packed_masked_before_rows,
     packed_masked_in_finish,
     packed_late_reader,
     packed_late_sender,
