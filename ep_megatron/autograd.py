@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ep_megatron import casts
 from ep_megatron.buffer import Buffer
 from ep_megatron.fp8 import Fp8Recipe
-from ep_megatron.handle import DispatchHandle
+from ep_megatron.handle import AnyHandle, CapacityHandle
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,14 @@ class FusedDispatch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, topk_weights: Tensor | None, buffer: Buffer, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, DispatchHandle, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, AnyHandle, Tensor | None, Tensor | None]:
         """See `fused_dispatch`; the last two are data and scales, if rows are handed on as FP8."""
         recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
             x, topk_weights=topk_weights, **options
         )
         ctx.buffer, ctx.handle = buffer, handle
+        for rows in recv_x if isinstance(recv_x, tuple) else (recv_x,):
+            _zero_behind(rows, handle)
         if recv_idx is not None:
             ctx.mark_non_differentiable(recv_idx)
         assert handle is not None
@@ -96,7 +98,7 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, handle: DispatchHandle, buffer: Buffer, grad_fp8: Fp8Recipe | None
+        ctx: Any, x: Tensor, handle: AnyHandle, buffer: Buffer, grad_fp8: Fp8Recipe | None
     ) -> Tensor:
         """See `fused_combine`."""
         ctx.buffer, ctx.handle, ctx.grad_fp8 = buffer, handle, grad_fp8
@@ -108,7 +110,18 @@ class FusedCombine(torch.autograd.Function):
         """Send each token's gradient to the rows it was summed from."""
         widen_to = None if ctx.grad_fp8 is None else grad.dtype
         rows = ctx.buffer.dispatch(grad, ctx.handle, fp8=ctx.grad_fp8, widen_to=widen_to)[0]
+        _zero_behind(rows, ctx.handle)
         return rows, None, None, None
+
+
+def _zero_behind(rows: Tensor, handle: AnyHandle) -> None:
+    """Zero what a dispatch into a fixed number of rows leaves as it was: else not linear."""
+    if not isinstance(handle, CapacityHandle):
+        return
+    is_behind = torch.arange(len(rows), device=rows.device) >= handle.num_recv_rows_tensor
+    if rows.dtype == torch.float8_e4m3fn:  # masked_fill does not know it
+        rows = rows.view(torch.uint8)
+    rows.masked_fill_(is_behind[:, None], 0)
 
 
 def fused_dispatch(
@@ -120,8 +133,9 @@ def fused_dispatch(
     *,
     expand: bool = False,
     expert_alignment: int = 1,
+    num_worst_tokens: int = 0,
     fp8: Fp8Recipe | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, DispatchHandle]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, AnyHandle]:
     """Send every token to the ranks that hold its experts, differentiably.
 
     Collective, and so is its backward, which is `combine` along the same routing. Differentiable
@@ -135,6 +149,7 @@ def fused_dispatch(
         buffer: of the expert-parallel group.
         expand: see `Buffer.dispatch`.
         expert_alignment: see `Buffer.dispatch`.
+        num_worst_tokens: see `Buffer.dispatch`; rows and gradients behind those that came are 0.
         fp8: rows travel as FP8 and arrive widened to the dtype of `x`; gradients come back as they
             are, straight through the cast.
 
@@ -151,6 +166,7 @@ def fused_dispatch(
         "num_experts": num_experts,
         "expand": expand,
         "expert_alignment": expert_alignment,
+        "num_worst_tokens": num_worst_tokens,
         "fp8": fp8,
         "widen_to": None if fp8 is None else x.dtype,
     }
@@ -170,7 +186,8 @@ def fused_dispatch_fp8(
     fp8: Fp8Recipe,
     expand: bool = False,
     expert_alignment: int = 1,
-) -> tuple[Fp8Rows, Tensor | None, Tensor | None, DispatchHandle]:
+    num_worst_tokens: int = 0,
+) -> tuple[Fp8Rows, Tensor | None, Tensor | None, AnyHandle]:
     """Send every token as FP8 and hand the rows on as they arrive, differentiably.
 
     As `fused_dispatch`, but for experts that compute with FP8 rows: nothing is widened, and the
@@ -181,6 +198,7 @@ def fused_dispatch_fp8(
         "num_experts": num_experts,
         "expand": expand,
         "expert_alignment": expert_alignment,
+        "num_worst_tokens": num_worst_tokens,
         "fp8": fp8,
     }
     carrier, recv_idx, recv_weights, handle, data, scales = FusedDispatch.apply(
@@ -190,7 +208,7 @@ def fused_dispatch_fp8(
 
 
 def fused_combine(
-    x: Tensor, handle: DispatchHandle, buffer: Buffer, *, grad_fp8: Fp8Recipe | None = None
+    x: Tensor, handle: AnyHandle, buffer: Buffer, *, grad_fp8: Fp8Recipe | None = None
 ) -> Tensor:
     """Bring rows back to their tokens and sum them, differentiably.
 

@@ -1,13 +1,17 @@
 """Gradients through dispatch and combine, against a dense layer in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from ep_megatron import Buffer, fused_combine, fused_dispatch
+from ep_megatron import Buffer, fused_combine, fused_dispatch, fused_dispatch_fp8
 from ep_megatron.experts import GroupedExperts, moe_forward, moe_reference
+from ep_megatron.fp8 import FP8, Fp8Recipe
+from ep_megatron.handle import CapacityHandle
 from tests.ranks import run_on_ranks
 from tests.routing import Case
 from tests.test_dispatch import BACKENDS, buffer_of
@@ -197,6 +201,82 @@ def check_bfloat16(rank: int, backend: str) -> None:
     row_sums = case.x(rank, torch.bfloat16).float().sum(1, keepdim=True)
     assert_close(weights.grad, row_sums * used, rtol=1e-2, atol=0.1)
     dist.barrier()
+
+
+def check_capacity(rank: int, backend: str, recipe: Fp8Recipe | None, expand: bool) -> None:
+    """Into a fixed number of rows: the same results, and zeros behind the rows that came."""
+    case = Case("capacity", (9, 6), hidden=128, alignment=4)
+    buffer = buffer_of(backend)
+    results: list[list[Tensor]] = []
+    for capacity in (0, 80):
+        x = case.x(rank, torch.float32).requires_grad_()
+        weights = case.weights(rank).requires_grad_()
+        rows, _, row_weights, handle = fused_dispatch(
+            x,
+            case.topk_idx(rank),
+            weights,
+            case.num_experts,
+            buffer,
+            expand=expand,
+            expert_alignment=case.alignment,
+            num_worst_tokens=capacity,
+            fp8=recipe,
+        )
+        assert row_weights is not None
+        rows.retain_grad()
+        factor = row_weights if expand else row_weights.sum(1)
+        # Not zero where rows are: what the experts make of padding must not come back.
+        y = (rows * factor[:, None]).cos()
+        y.retain_grad()
+        out = fused_combine(y, handle, buffer, grad_fp8=recipe and replace(recipe, min_amax=1e-30))
+        (out * x.detach()).sum().backward()
+        num_rows = handle.num_recv_rows
+        if isinstance(handle, CapacityHandle):
+            assert num_rows == capacity
+            num_rows = int(handle.num_recv_rows_tensor)
+            for part in (rows, row_weights, rows.grad, y.grad):
+                assert part is not None
+                assert not part[num_rows:].any()
+        found = (out, rows[:num_rows], x.grad, weights.grad, y.grad)
+        results.append([part[:num_rows] if part is y.grad else part for part in found])  # type: ignore
+    assert len(results[0][1]) > 0
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def check_fp8_capacity(rank: int, backend: str) -> None:
+    """Rows handed on as FP8 are zeros behind those that came, and so are their scales."""
+    case = Case("capacity", (5, 6), hidden=256)
+    recipe = Fp8Recipe(layout="column_major")
+    rows, _, _, handle = fused_dispatch_fp8(
+        case.x(rank, torch.float32).requires_grad_(),
+        case.topk_idx(rank),
+        None,
+        case.num_experts,
+        buffer_of(backend),
+        fp8=recipe,
+        num_worst_tokens=16,
+    )
+    assert isinstance(handle, CapacityHandle)
+    num_rows = int(handle.num_recv_rows_tensor)
+    assert 0 < num_rows < len(rows.data) == 16
+    assert not rows.widen()[num_rows:].any()
+    assert not rows.scales[num_rows:].any()
+    assert rows.scales[:num_rows].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expand", [False, True], ids=["by_rank", "by_expert"])
+@pytest.mark.parametrize("recipe", [None, FP8], ids=["exact", "fp8"])
+def test_a_fixed_number_of_rows_changes_no_result(
+    backend: str, expand: bool, recipe: Fp8Recipe | None
+) -> None:
+    run_on_ranks(2, check_capacity, backend, recipe, expand)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp8_rows_of_a_fixed_number_end_in_zeros(backend: str) -> None:
+    run_on_ranks(2, check_fp8_capacity, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -177,7 +177,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         assert self.topk_idx is not None  # set by dispatch_preprocess
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states.view(self.hidden_shape))
-        rows, _, row_weights, self._handle = fused_dispatch(
+        rows, _, row_weights, handle = fused_dispatch(
             hidden_states,
             self.topk_idx,
             probs,
@@ -187,6 +187,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             expert_alignment=self.expert_alignment,
             fp8=self.dispatch_fp8,
         )
+        assert isinstance(handle, DispatchHandle)  # of as many rows as come
+        self._handle = handle
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(rows)
         if self.config.overlap_moe_expert_parallel_comm:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ep_megatron import Buffer, backends, fused_combine, fused_dispatch, fused_dispatch_fp8
 from ep_megatron.backends.base import Backend
 from ep_megatron.fp8 import FP8, MXFP8, Fp8Recipe
-from ep_megatron.handle import CapacityHandle
+from ep_megatron.handle import CapacityHandle, DispatchHandle
 from tests.cuda.emulated import Ranks
 from tests.routing import CASES, Case
 from tests.test_dispatch import bits
@@ -36,6 +36,7 @@ class Form:
         is_handed_on: whether the experts get FP8 rows as they arrive.
         grad_recipe: how the gradient of the output is cast on its way.
         is_strided: whether tokens and the gradient of the output are not contiguous.
+        is_within: whether rows arrive in a fixed number.
     """
 
     dtype: torch.dtype
@@ -45,6 +46,7 @@ class Form:
     is_handed_on: bool = False
     grad_recipe: Fp8Recipe | None = None
     is_strided: bool = False
+    is_within: bool = False
 
 
 FORMS = [
@@ -53,6 +55,7 @@ FORMS = [
     Form(torch.float64, expand=True, weights=torch.float64, is_strided=True),
     Form(torch.bfloat16, expand=True, recipe=FP8, grad_recipe=replace(FP8, min_amax=1e-30)),
     Form(torch.float32, expand=False, recipe=MXFP8, is_handed_on=True),
+    Form(torch.bfloat16, expand=True, recipe=FP8, is_within=True),
 ]
 
 
@@ -82,6 +85,8 @@ def layer(buffer: Buffer, case: Case, form: Form) -> list[Tensor]:
     weights = case.weights(rank, form.weights).requires_grad_()
     routing = (case.topk_idx(rank), weights, case.num_experts, buffer)
     order: dict[str, Any] = {"expand": form.expand, "expert_alignment": case.alignment}
+    if form.is_within:
+        order["num_worst_tokens"] = most_rows(case, form.expand) + SPARE_ROWS
     received = []
     if form.is_handed_on:
         assert form.recipe is not None
@@ -91,6 +96,8 @@ def layer(buffer: Buffer, case: Case, form: Form) -> list[Tensor]:
     else:
         rows, _, row_weights, handle = fused_dispatch(x, *routing, **order, fp8=form.recipe)
     assert row_weights is not None
+    if isinstance(handle, DispatchHandle):
+        received.append(handle.routes)
     factor = row_weights if form.expand else row_weights.sum(1)
     y = (rows.double().sin() * factor[:, None]).to(form.dtype)
     out = fused_combine(y, handle, buffer, grad_fp8=form.grad_recipe)
@@ -98,7 +105,7 @@ def layer(buffer: Buffer, case: Case, form: Form) -> list[Tensor]:
     out.backward(strided(grad) if form.is_strided else grad)
     assert leaf.grad is not None
     assert weights.grad is not None
-    return [out, rows, row_weights, leaf.grad, weights.grad, handle.routes, *received]
+    return [out, rows, row_weights, leaf.grad, weights.grad, *received]
 
 
 def two_layers(buffer: Buffer, case: Case) -> list[Tensor]:
@@ -119,12 +126,20 @@ def two_layers(buffer: Buffer, case: Case) -> list[Tensor]:
     return results
 
 
+def most_rows(case: Case, expand: bool) -> int:
+    """Return how many rows a rank may get, at least 1."""
+    num_tokens = sum(len(case.topk_idx(rank)) for rank in range(case.num_ranks))
+    if not expand:
+        return max(num_tokens, 1)
+    return num_tokens * case.num_topk + case.experts_per_rank * case.alignment
+
+
 def within_capacity(buffer: Buffer, case: Case, form: Form) -> list[Tensor]:
     """A dispatch into a fixed number of rows, its combine, and another along its handle."""
     rank = buffer.rank
     case = replace(case, hidden=128 if form.recipe is not None else case.hidden)
     x, weights = case.x(rank, form.dtype), case.weights(rank, form.weights)
-    capacity = max(sum(len(case.topk_idx(r)) for r in range(case.num_ranks)), 1) + SPARE_ROWS
+    capacity = most_rows(case, expand=False) + SPARE_ROWS
     cast_as: dict[str, Any] = {"fp8": form.recipe}
     received, idx, row_weights, _, handle, _ = buffer.dispatch(
         x,
