@@ -9,7 +9,7 @@ from ep_megatron import _cuda
 from ep_megatron.backends.base import DTYPES, Call, PeerReport, check_agreement
 from ep_megatron.backends.device import Device, check_not_capturing
 from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, share
-from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.meeting import Meeting, check_working
 
 _HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadline that the kernels keep
 _TICKET_MASK = 0xFFFFFFFF
@@ -227,10 +227,7 @@ class DeviceMeeting:
         self._broken = self._broken or reason
 
     def _begin(self, operation: str) -> _cuda.NotifyArgs:
-        if self._broken:
-            raise RuntimeError(
-                f"{operation}: expected a working Buffer, got one that broke down ({self._broken})"
-            )
+        check_working(operation, self._broken)
         self.ticket = self.ticket + 1 & _TICKET_MASK or 1
         return _cuda.NotifyArgs(
             control=self._controls,

@@ -25,6 +25,7 @@ from ep_megatron.backends.meeting import (
     Gathering,
     PartOfMeeting,
     check_process,
+    check_working,
     keep_numbers,
     renumbered,
 )
@@ -370,11 +371,7 @@ class HierarchicalBackend:
         counts: Sequence[Tensor] | None = None,
         error: str = "",
     ) -> Tensor | None:
-        if self._broken:
-            raise RuntimeError(
-                f"{operation}: expected a working Buffer, got one that broke down "
-                f"({self._broken}); make a new Buffer"
-            )
+        check_working(operation, self._broken)
         check_process(operation, self._process)
         self._num_calls += 1
         try:

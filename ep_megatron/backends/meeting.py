@@ -217,6 +217,15 @@ class SubMeeting(Meeting):
         self.gloo = _connect(token, self.rank, self.num_ranks, self.timeout)
 
 
+def check_working(operation: str, why_not: str) -> None:
+    """Raise if a Buffer cannot go on, as `why_not` says where it is not empty."""
+    if why_not:
+        raise RuntimeError(
+            f"{operation}: expected a working Buffer, got one that broke down ({why_not}); make a "
+            "new Buffer"
+        )
+
+
 def check_process(operation: str, process: int) -> None:
     """Raise in a fork of the process that made a Buffer: its connections are the parent's."""
     if os.getpid() != process:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ep_megatron import casts
 from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import PeerReport
-from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Meeting, check_process
+from ep_megatron.backends.meeting import MAX_ERROR_BYTES, Meeting, check_process, check_working
 from ep_megatron.backends.packed import (
     NUM_FIELDS,
     LowLatencyCall,
@@ -264,11 +264,7 @@ class PackedGroup:
     ) -> int:
         """Post this call's header and `messages` by destination; return its number."""
         name = name or (call.name if call is not None else "")
-        if self._broken:
-            raise RuntimeError(
-                f"{name}: expected a working Buffer, got one that broke down "
-                f"({self._broken}); make a new Buffer"
-            )
+        check_working(name, self._broken)
         check_process(name, self._process)
         number = self._num_calls + 1
         if number - 2 in self._pending:

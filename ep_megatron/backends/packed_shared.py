@@ -15,7 +15,7 @@ from ep_megatron import _cpu, casts
 from ep_megatron.backends.arrival import view
 from ep_megatron.backends.base import PeerReport
 from ep_megatron.backends.host_share import count_cores, default_max_bytes, default_threads
-from ep_megatron.backends.meeting import Gathering
+from ep_megatron.backends.meeting import Gathering, check_working
 from ep_megatron.backends.packed import (
     LOW_LATENCY_OPERATIONS,
     NUM_FIELDS,
@@ -175,11 +175,7 @@ class PackedShared:
         self._calls.close()
 
     def _check_open(self, name: str) -> None:
-        if self._is_closed:
-            raise RuntimeError(
-                f"{name}: expected a working Buffer, got one that broke down "
-                "(it was destroyed); make a new Buffer"
-            )
+        check_working(name, "it was destroyed" if self._is_closed else "")
 
     def _raise_disagreement(self, name: str) -> NoReturn:
         reports = {r.rank: PeerReport(r.call[:NUM_FIELDS], r.error) for r in self._calls.reports()}

@@ -31,6 +31,7 @@ from ep_megatron.backends.expert_major import (
 from ep_megatron.backends.meeting import (
     Meeting,
     check_process,
+    check_working,
     describe_late,
     has_gloo,
     wait_for_each,
@@ -185,11 +186,7 @@ class ProcessGroupBackend:
     def _agree(
         self, operation: str, call: Call | None, error: str = "", counts: Tensor | None = None
     ) -> Tensor | None:
-        if self._broken:
-            raise RuntimeError(
-                f"{operation}: expected a working Buffer, got one that broke down "
-                f"({self._broken}); make a new Buffer"
-            )
+        check_working(operation, self._broken)
         check_process(operation, self._process)
         self._num_calls += 1
         self._num_bytes = [0] * self.num_ranks, [0] * self.num_ranks
