@@ -37,6 +37,9 @@ class BufferConfig:
             one value that may differ between ranks.
         float32_between_hosts: whether `hierarchical` and `cuda` return a host's sums in float32,
             twice the bytes, instead of rounded to the dtype of the rows.
+        chunk_bytes_between_hosts: `cuda` sends rows to another host in chunks of at least so many
+            bytes, at most eight from one rank to another, so that the first are put at their places
+            while the others are on their way.
         reduce_before_combine: whether `cuda` sums a token's expert-major rows on their rank, rounds
             the sum to the dtype of the rows and sends back that one row, instead of all of them:
             fewer bytes over NVLink, other last bits than other backends'. Sums in float32 and
@@ -61,6 +64,7 @@ class BufferConfig:
     shm_dir: str = "/dev/shm"
     host_id: str | None = None
     float32_between_hosts: bool = False
+    chunk_bytes_between_hosts: int = MIB
     reduce_before_combine: bool = False
     statistics_dir: str | None = None
     check_rows: bool | None = None
@@ -76,7 +80,13 @@ class BufferConfig:
             self.num_threads,
         )
         _require(self.num_sms >= 1, "num_sms", "at least 1", self.num_sms)
-        for name in ("initial_bytes", "max_bytes", "max_view_bytes", "streaming_bytes"):
+        for name in (
+            "initial_bytes",
+            "max_bytes",
+            "max_view_bytes",
+            "streaming_bytes",
+            "chunk_bytes_between_hosts",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "a number of bytes >= 0", value)
         _require(Path(self.shm_dir).is_dir(), "shm_dir", "an existing folder", self.shm_dir)

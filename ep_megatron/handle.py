@@ -30,6 +30,30 @@ class HostHop:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class NodeHop:
+    """How the rows of one routing change nodes of GPUs, seen from this rank: on the device.
+
+    T tokens, K top-k, N nodes.
+
+    Attributes:
+        inner: the way of this rank's own tokens inside this node, between its ranks numbered from
+            0; `num_rows_per_rank` counts what others forward to them, too.
+        by_node: `[3, T, N]` int32: the nodes that a token goes to, ascending, then -1; its place
+            among this rank's tokens for that node (on this node its number); its slots there, a
+            bit each. As csrc/cuda/cross.h has it.
+        forwarded: for each rank that this one forwards for, one after the other in ascending order:
+            `[3, n, K]` int32 routes inside this node, and where its expert ids are needed too `[n,
+            K]` of them; each padded to 64 bytes.
+        num_to_node: for each rank, how many of its tokens go to each node.
+    """
+
+    inner: "DispatchHandle"
+    by_node: Tensor
+    forwarded: Tensor
+    num_to_node: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DispatchHandle:
     """The exact address of every row of one routing, seen from this rank.
 
@@ -80,7 +104,7 @@ class DispatchHandle:
     topk_idx: Tensor | None = None
     recv_row: Tensor | None = None
     links: Tensor | None = None
-    hop: HostHop | None = None
+    hop: HostHop | NodeHop | None = None
 
     @property
     def route_rank(self) -> Tensor:

@@ -91,6 +91,7 @@ PLANS = {
     "the bytes of a row": lambda: _cuda.plan_dispatch(
         dispatch_args(row_bytes=24, out_row_bytes=24), 8
     ),
+    "the plane of the routes": lambda: _cuda.plan_dispatch(dispatch_args(route_plane=15), 8),
     "the bytes of a link": lambda: _cuda.plan_dispatch(dispatch_args(link_bytes=4), 8),
     "the bytes of a link by expert": lambda: _cuda.plan_dispatch(dispatch_args(expand=True), 8),
     "the address of the links": lambda: _cuda.plan_expand(
@@ -150,6 +151,7 @@ PLANS |= {
 
 def dispatch_args(**changes: int) -> Any:
     fields = {
+        "route_plane": 40_000,
         "num_tokens": 4,
         "num_topk": 4,
         "row_bytes": 16384,
@@ -170,4 +172,4 @@ def test_a_plan_says_all_of_a_launch() -> None:
     launch = _cuda.plan_dispatch(dispatch_args(num_tokens=100), 8)
     assert (launch.kernel, launch.grid, launch.block) == ("ep_dispatch_kernel", 7, 512)
     assert _cuda.plan_dispatch(dispatch_args(num_tokens=10_000), 8).grid == 8
-    assert int.from_bytes(launch.params[48:56], "little") == 100
+    assert int.from_bytes(launch.params[56:64], "little") == 100

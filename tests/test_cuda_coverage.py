@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ep_megatron import fp8
-from ep_megatron.backends.base import Backend, Rows
+from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.backends.device import Launch
 from ep_megatron.config import BufferConfig
 from ep_megatron.fp8 import MXFP8, Fp8Recipe
@@ -57,6 +57,7 @@ from tests.test_cuda_low_latency import (
 )
 from tests.test_cuda_nodes import CASES as NODE_CASES
 from tests.test_cuda_nodes import check as check_nodes
+from tests.test_cuda_nodes import check_lost, lossy
 from tests.test_cuda_sync_free import check_late as check_late_within
 from tests.test_low_latency import CASES as PACKED_CASES
 from tests.test_low_latency import RECIPES as PACKED_RECIPES
@@ -89,7 +90,7 @@ UNREACHABLE = {
     "for (int other = 0; other < lanes_per_token; ++other)": "three lanes more: a power of two",
 }
 LOW_LATENCY = "ep_packed_"
-OTHERS = ("host_waits", "ep_cross_", LOW_LATENCY)  # the rest belongs to the first test
+OTHERS = ("host_waits", LOW_LATENCY)  # the rest belongs to the first test
 
 
 def drawn_calls() -> Iterator[Machine]:
@@ -168,11 +169,32 @@ def calls_within() -> Iterator[Machine]:
 
 
 def several_nodes() -> Iterator[Machine]:
-    """Sums of rows whose places the host knows."""
-    nodes = Nodes("AB")
-    for dtype in FLOATS:
-        nodes.run(check_nodes, NODE_CASES[2], "AB", dtype, False)
+    """Sums of rows whose places the host knows; rows that do not come."""
+    for layout, idx_dtype in (("AB", torch.int32), ("ABCD", torch.int64)):
+        nodes = Nodes(layout)
+        case = replace(NODE_CASES[len(layout)], idx_dtype=idx_dtype)
+        for dtype in FLOATS:
+            nodes.run(check_nodes, case, layout, dtype, False)
+        nodes.run(check_double_weights, case)
+        yield nodes.machine
+    nodes = Nodes("AB", timeout=0.02)
+    lossy(nodes, 0)
+    nodes.run(check_lost, NODE_CASES[2])
     yield nodes.machine
+
+
+def check_double_weights(backend: Backend, _reference: Backend, case: Case) -> None:
+    """Weights that every rank returns as they came; and none."""
+    for expand in (False, True):
+        weights = case.weights(backend.rank, torch.float64)
+        routing = Routing(case.topk_idx(backend.rank), case.num_experts, expand, case.alignment)
+        x = case.x(backend.rank, torch.float32)
+        backend.dispatch(Rows(x), routing)
+        sent = Rows(x, topk_weights=weights)
+        received, handle = backend.dispatch(sent, routing)
+        back = backend.combine(received, handle)[1]
+        assert back is not None
+        assert torch.equal(back, weights.where(routing.topk_idx >= 0, 0))
 
 
 def calls_that_fail() -> Iterator[Machine]:

@@ -42,6 +42,7 @@ def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
     machine = machine_of()
     tables = [[(1 + table) << 40 | rank << 8 for rank in range(72)] for table in range(5)]
     args = _cuda.DispatchArgs(
+        route_plane=128,
         num_tokens=4,
         num_topk=32,
         row_bytes=ROW_BYTES,
@@ -61,6 +62,7 @@ def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
         _cuda.plan_notify(_cuda.NotifyArgs(control=tables[0], rank=71, num_ranks=72, ticket=1)),
         _cuda.plan_combine(
             _cuda.CombineArgs(
+                route_plane=128,
                 num_tokens=4,
                 num_topk=32,
                 row_bytes=ROW_BYTES,
@@ -120,6 +122,7 @@ def test_a_row_beyond_4_gib_is_dispatched_and_combined() -> None:
         routes=routes,
         topk_idx=topk_idx,
         weights=weights,
+        route_plane=1,
         num_tokens=1,
         num_topk=1,
         row_bytes=ROW_BYTES,
@@ -136,6 +139,7 @@ def test_a_row_beyond_4_gib_is_dispatched_and_combined() -> None:
     out, out_weights = machine.allocate(0, ROW_BYTES), machine.allocate(0, 16)
     back = _cuda.CombineArgs(
         routes=routes,
+        route_plane=1,
         num_tokens=1,
         num_topk=1,
         row_bytes=ROW_BYTES,
@@ -162,6 +166,7 @@ def test_a_token_beyond_4_gib_is_sent() -> None:
     args = _cuda.DispatchArgs(
         x=x,
         routes=machine.place(0, routes),
+        route_plane=FAR + 1,
         num_tokens=FAR + 1,
         num_topk=1,
         row_bytes=ROW_BYTES,

@@ -5,8 +5,12 @@ tests/cuda/nic.py. Sums are compared with the definition that tests/test_hierarc
 `hierarchical` backend to, bit for bit.
 """
 
+import itertools
+import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +23,9 @@ from tests.test_hierarchical import node_sums, node_weights
 
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
+from ep_megatron.backends.crossing import MAX_CHUNKS, Crossing
+from tests.cuda.layers import Form, run_with_buffers
+from tests.cuda.layers import check as check_layers
 from tests.cuda.nic import Nodes, gathered
 from tests.test_cuda_backend import error_of, same, same_rows
 
@@ -121,9 +128,98 @@ def test_a_token_crosses_once_per_node() -> None:
 
     nodes.run(send)
     counts = nodes.machine.counts()
-    record = 1024 + 16  # expert ids beside the row
-    assert counts["nic_put"]["peer_written"] == 2 * record + 8
+    record = 1024 + 4 * 16  # beside the row rank, row and column of each slot, and its expert
+    signals = 2 + 1
+    assert counts["nic_put"]["peer_written"] == 2 * record + 8 * signals
     no_report(nodes)
+
+
+@pytest.mark.parametrize(("chunk_bytes", "num_puts"), [(1, 8), (3 * 64, 4), (1 << 20, 1)])
+def test_rows_cross_in_chunks_of_the_bytes_that_were_asked_for(
+    chunk_bytes: int, num_puts: int
+) -> None:
+    """At most eight from one rank to another, and one beside; 12 rows of 64 bytes."""
+    nodes = Nodes("AB", chunk_bytes=chunk_bytes)
+
+    def send(backend: Backend, _reference: Backend) -> None:
+        idx = torch.full((12 * (backend.rank == 0), 1), 1)
+        backend.dispatch(Rows(torch.zeros(len(idx), 16)), Routing(idx, 2))
+
+    nodes.run(send)
+    # Of two rows each, if there are eight at most.
+    assert nodes.machine.counts()["nic_put"]["launches"] == (6 if num_puts == 8 else num_puts) + 1
+
+
+def test_the_first_chunk_is_forwarded_while_the_last_is_on_its_way() -> None:
+    nodes = Nodes("AB")
+    num_rows, hidden = 16, 16
+    x = torch.arange(1.0, 1 + num_rows * hidden).view(num_rows, hidden)
+    sender, receiver = (cast(Any, backend) for backend in nodes.backends)
+    put, held = sender.network.put_signal, []
+
+    def hold_the_last(*arguments: int) -> None:
+        last_row = sender._crossing._outbox + sender._crossing._place_bytes + x.nbytes - x[0].nbytes
+        source, num_bytes = arguments[1], arguments[3]
+        if source <= last_row < source + num_bytes:
+            held.append(arguments)
+        else:
+            put(*arguments)
+
+    def rows_there() -> torch.Tensor:
+        arena = receiver._inside._arena
+        data = nodes.machine.read(1, arena.address(0, 0), x.nbytes)
+        return torch.frombuffer(bytearray(data), dtype=x.dtype).view(num_rows, hidden)
+
+    def send(backend: Backend, _reference: Backend) -> torch.Tensor | None:
+        mine = x[: num_rows * (backend.rank == 0)]
+        received, _ = backend.dispatch(Rows(mine), Routing(torch.ones(len(mine), 1).int(), 2))
+        if backend.rank == 1:
+            return received.x
+        deadline = time.monotonic() + 60
+        first = num_rows - num_rows // MAX_CHUNKS
+        while not torch.equal(rows_there()[:first], x[:first]):
+            assert time.monotonic() < deadline, "no chunk is forwarded before all are there"
+            nodes.machine.advance(1)
+        assert not (rows_there()[first:] == x[first:]).any()
+        (last,) = held
+        put(*last)
+        return None
+
+    sender.network.put_signal = hold_the_last
+    assert torch.equal(nodes.run(send)[1], x)
+    no_report(nodes)
+
+
+def test_gradients_cross() -> None:
+    """Where each rank is a node the sums are the process group's."""
+    nodes = Nodes("AB")
+    forms = [
+        Form(torch.float64, expand=True, weights=torch.float64, is_strided=True),
+        Form(torch.float32, expand=False, recipe=MXFP8, is_handed_on=True),
+    ]
+    run_with_buffers(nodes, check_layers, replace(CASES[2], num_topk=2), forms)
+    no_report(nodes)
+
+
+@pytest.mark.parametrize("number", [0, 1, MAX_CHUNKS])
+def test_a_wait_that_is_left_out_is_noticed(number: int) -> None:
+    """Of a chunk of rows, or of what is beside them."""
+    wait = Crossing.wait
+
+    def wait_but_one(self: Crossing, epoch: int, index: int, sources: Sequence[int]) -> None:
+        if index != number:
+            wait(self, epoch, index, sources)
+
+    def is_noticed(seed: int) -> bool:
+        nodes = Nodes("AB", seed, "race")
+        try:
+            nodes.run(check, CASES[2], "AB", torch.float32, False)
+        except (AssertionError, RuntimeError):
+            return True
+        return bool(nodes.machine.report())
+
+    with patch.object(Crossing, "wait", wait_but_one):
+        assert any(map(is_noticed, range(3)))
 
 
 def check_errors(backend: Backend, _reference: Backend, case: Case) -> list[str]:
@@ -157,14 +253,16 @@ def test_bad_calls_raise_on_every_rank_and_the_next_goes_on() -> None:
     no_report(nodes)
 
 
-def lossy(nodes: Nodes, rank: int) -> None:
-    """Let the card of a rank lose what it is given."""
-
-    def lose(*_: object) -> None:
-        return
-
+def lossy(nodes: Nodes, rank: int, only: int | None = None) -> None:
+    """Let the card of a rank lose what it is given; `only`: nothing but that put."""
     backend: Any = nodes.backends[rank]
-    backend._crossing._network.put_signal = lose
+    put, count = backend.network.put_signal, itertools.count()
+
+    def lose(*arguments: int) -> None:
+        if only is not None and next(count) != only:
+            put(*arguments)
+
+    backend.network.put_signal = lose
 
 
 def check_lost(backend: Backend, _reference: Backend, case: Case) -> str:
@@ -176,8 +274,10 @@ def check_lost(backend: Backend, _reference: Backend, case: Case) -> str:
     return ""
 
 
-def test_rows_that_do_not_come_end_the_kernels_that_would_read_them() -> None:
+@pytest.mark.parametrize("put", [None, 0, 1, 3])
+def test_rows_that_do_not_come_end_the_kernels_that_would_read_them(put: int | None) -> None:
+    """None at all, or not what is beside them, or not one chunk."""
     nodes = Nodes("AB", timeout=0.02)
-    lossy(nodes, 0)
+    lossy(nodes, 0, put)
     errors = nodes.run(check_lost, CASES[2])
     assert "trap" in errors[1]

@@ -155,15 +155,14 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-    const int64_t plane = args.num_tokens * args.num_topk;
     for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
         const int64_t at = token * args.num_topk + lane;
         int rank = -1, row = 0, slot = 0;
         if (lane < args.num_topk) rank = args.routes[at];
         Source source{nullptr, nullptr, false};
         if (rank >= 0) {
-            row = args.routes[plane + at];
-            slot = args.routes[2 * plane + at];
+            row = args.routes[args.route_plane + at];
+            slot = args.routes[2 * args.route_plane + at];
             source = source_of(args, rank);
         }
         const unsigned routes = __ballot_sync(kAllLanes, rank >= 0);

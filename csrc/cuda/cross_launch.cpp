@@ -2,6 +2,34 @@
 #include "cuda/plan_checks.h"
 
 namespace ep::cuda {
+namespace {
+
+void check_nodes(const char* operation, int64_t num_tokens, int num_topk, int num_nodes) {
+    require_range(operation, "the columns of topk_idx", num_topk, 1, kMaxTopk);
+    require_range(operation, "the nodes", num_nodes, 1, kMaxTopk);
+    require_range(operation, "the slots of topk_idx", num_tokens * num_topk, 0, kMaxSlots);
+}
+
+template <class Args>
+Launch launch_tokens(const char* kernel, int num_sms, const Args& args) {
+    return {kernel, num_row_blocks(args.num_tokens, num_sms), kRowWarps * kWarpSize, 0,
+            std::string(reinterpret_cast<const char*>(&args), sizeof args)};
+}
+
+}  // namespace
+
+Launch plan_cross_lay(const CrossLayArgs& args, int num_sms) {
+    check_nodes("cross lay", args.num_tokens, args.num_topk, args.num_nodes);
+    require_range("cross lay", "the experts of a rank", args.experts_per_rank, 1, kMaxExperts);
+    return launch_tokens("ep_cross_lay_kernel", num_sms, args);
+}
+
+Launch plan_cross_weights(const CrossWeightsArgs& args, int num_sms) {
+    check_nodes("cross weights", args.num_tokens, args.num_topk, args.num_nodes);
+    require(args.weight_bytes == 4 || args.weight_bytes == 8, "cross weights",
+            "the bytes of a weight", "4 or 8", args.weight_bytes);
+    return launch_tokens("ep_cross_weights_kernel", num_sms, args);
+}
 
 Launch plan_cross_wait(const CrossWaitArgs& args) {
     constexpr const char* kOperation = "cross wait";

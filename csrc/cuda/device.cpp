@@ -33,6 +33,8 @@
     X(ep_reduce_float16_kernel, ReduceArgs)           \
     X(ep_reduce_float32_kernel, ReduceArgs)           \
     X(ep_reduce_float64_kernel, ReduceArgs)           \
+    X(ep_cross_lay_kernel, CrossLayArgs)              \
+    X(ep_cross_weights_kernel, CrossWeightsArgs)      \
     X(ep_cross_wait_kernel, CrossWaitArgs)            \
     X(ep_packed_begin_kernel, PackedArgs)             \
     X(ep_packed_push_kernel, PackedArgs)              \

@@ -18,13 +18,12 @@ struct Routes {
 
 __device__ __forceinline__ Routes load_routes(const DispatchArgs& args, int64_t token) {
     const int lane = threadIdx.x % kWarpSize;
-    const int64_t plane = args.num_tokens * args.num_topk;
     const int64_t at = token * args.num_topk + lane;
     Routes routes{0, -1, 0, 0, {0, -1}};
     if (lane < args.num_topk) routes.rank = args.routes[at];
     if (routes.rank >= 0) {
-        routes.row = args.routes[plane + at];
-        routes.slot = args.routes[2 * plane + at];
+        routes.row = args.routes[args.route_plane + at];
+        routes.slot = args.routes[2 * args.route_plane + at];
     }
     routes.num_routes = __popc(__ballot_sync(kAllLanes, routes.rank >= 0));
     const int rank_before = __shfl_up_sync(kAllLanes, routes.rank, 1);
@@ -52,6 +51,7 @@ __device__ __forceinline__ char* target(const DispatchArgs& args,
                                         const Routes& routes,
                                         int num_bytes) {
     if (routes.rank < 0 || routes.link.head != routes.row) return nullptr;
+    if (args.state == nullptr && starts[routes.rank] == nullptr) return nullptr;
     return start_of(args, starts, routes.rank) + static_cast<int64_t>(routes.row) * num_bytes;
 }
 
@@ -61,6 +61,7 @@ template <class Weight>
 __device__ __forceinline__ void push_columns(const DispatchArgs& args,
                                              const Routes& routes,
                                              int64_t token) {
+    if (args.weight_bytes == 0 && args.idx_bytes == 0) return;
     const int lane = threadIdx.x % kWarpSize;
     const int64_t at = token * args.num_topk + lane;
     int expert = -1;

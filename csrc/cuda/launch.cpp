@@ -27,14 +27,15 @@ void check_tokens(const char* operation, int64_t num_tokens, int num_topk) {
     require_range(operation, "the slots of topk_idx", num_tokens * num_topk, 0, kMaxSlots);
 }
 
+/// `plane`: int32 from one number of a route to the next.
+void check_routes(const char* operation, int64_t num_tokens, int num_topk, int64_t plane) {
+    check_tokens(operation, num_tokens, num_topk);
+    require_range(operation, "the plane of the routes", plane, num_tokens * num_topk, kMaxSlots);
+}
+
 void check_row(const char* operation, int row_bytes, int item_bytes) {
     require_multiple(operation, "the bytes of a row", row_bytes, 16);
     require_range(operation, "hidden", row_bytes / item_bytes, 1, kMaxHidden);
-}
-
-unsigned blocks_for(int64_t num_tokens, int num_sms) {
-    const int64_t wanted = (num_tokens + kRowWarps - 1) / kRowWarps;
-    return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, num_sms));
 }
 
 template <class Args>
@@ -64,7 +65,7 @@ Launch plan_scan(
 
 void check_dispatch(const DispatchArgs& args) {
     constexpr const char* kOperation = "dispatch";
-    check_tokens(kOperation, args.num_tokens, args.num_topk);
+    check_routes(kOperation, args.num_tokens, args.num_topk, args.route_plane);
     require_range(kOperation, "rank", args.rank, 0, kMaxRanks - 1);
     require_multiple(kOperation, "the bytes of a row's scales", args.scale_bytes, 4);
     require(args.weight_bytes == 0 || args.weight_bytes == 4 || args.weight_bytes == 8, kOperation,
@@ -108,6 +109,11 @@ unsigned num_scan_blocks(int64_t num_tokens, int num_sms) {
     return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, num_sms));
 }
 
+unsigned num_row_blocks(int64_t num_rows, int num_sms) {
+    const int64_t wanted = (num_rows + kRowWarps - 1) / kRowWarps;
+    return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, num_sms));
+}
+
 Launch plan_count(ScanArgs args, int num_sms) {
     return plan_scan("count", "ep_count_kernel", args, args.num_experts + args.num_ranks, num_sms);
 }
@@ -143,7 +149,7 @@ Launch plan_dispatch(const DispatchArgs& args, int num_sms) {
     check_row("dispatch", args.row_bytes, kMaxItemBytes);  // of whatever dtype
     require(args.out_row_bytes == args.row_bytes, "dispatch", "the bytes of a received row",
             text(args.row_bytes), args.out_row_bytes);
-    return launch_rows("ep_dispatch_kernel", blocks_for(args.num_tokens, num_sms), args);
+    return launch_rows("ep_dispatch_kernel", num_row_blocks(args.num_tokens, num_sms), args);
 }
 
 Launch plan_dispatch_cast(const DispatchArgs& args, DType dtype, int num_sms) {
@@ -158,7 +164,7 @@ Launch plan_dispatch_cast(const DispatchArgs& args, DType dtype, int num_sms) {
     require(args.scale_bytes == scale_bytes, "dispatch", "the bytes of a row's scales",
             text(scale_bytes), args.scale_bytes);
     return launch_rows(text("ep_dispatch_cast_", kNames[static_cast<int>(dtype)], "_kernel"),
-                       blocks_for(args.num_tokens, num_sms), args);
+                       num_row_blocks(args.num_tokens, num_sms), args);
 }
 
 Launch plan_expand(const ExpandArgs& args, int num_sms) {
@@ -167,7 +173,7 @@ Launch plan_expand(const ExpandArgs& args, int num_sms) {
     require_range("expand", "the rows", args.num_rows, 0, kMaxSlots);
     require_aligned("expand", "the address of the rows", args.x, 16);
     require_aligned("expand", "the address of the links", args.links, 8);
-    return launch_rows("ep_expand_kernel", blocks_for(args.num_rows, num_sms), args);
+    return launch_rows("ep_expand_kernel", num_row_blocks(args.num_rows, num_sms), args);
 }
 
 Launch plan_take(const TakeArgs& args, int num_sms) {
@@ -178,7 +184,7 @@ Launch plan_take(const TakeArgs& args, int num_sms) {
     require_range("take", "the rows", args.capacity, 1, kMaxSlots);
     require_aligned("take", "where the rows go", args.x, 16);
     require_aligned("take", "the address of the links", args.links, 8);
-    return launch_rows("ep_take_kernel", blocks_for(args.capacity, num_sms), args);
+    return launch_rows("ep_take_kernel", num_row_blocks(args.capacity, num_sms), args);
 }
 
 Launch plan_stage(const StageArgs& args, int num_sms) {
@@ -198,11 +204,11 @@ Launch plan_reduce(const ReduceArgs& args, DType dtype, int num_sms) {
             args.stage.num_row_bytes);
     require_aligned("reduce", "the address of the links", args.links, 8);
     return launch_rows(text("ep_reduce_", kNames[static_cast<int>(dtype)], "_kernel"),
-                       blocks_for(args.num_rows, num_sms), args);
+                       num_row_blocks(args.num_rows, num_sms), args);
 }
 
 Launch plan_combine(const CombineArgs& args, DType dtype, int num_sms) {
-    check_tokens("combine", args.num_tokens, args.num_topk);
+    check_routes("combine", args.num_tokens, args.num_topk, args.route_plane);
     check_row("combine", args.row_bytes, item_bytes(dtype));
     require(args.bias_0 != nullptr || args.bias_1 == nullptr, "combine", "bias_1",
             "null beside no bias_0", 1);
@@ -212,7 +218,7 @@ Launch plan_combine(const CombineArgs& args, DType dtype, int num_sms) {
     for (const char* rows : args.from_x)
         require_aligned("combine", "the address of rows", rows, 16);
     return launch_rows(text("ep_combine_", kNames[static_cast<int>(dtype)], "_kernel"),
-                       blocks_for(args.num_tokens, num_sms), args);
+                       num_row_blocks(args.num_tokens, num_sms), args);
 }
 
 Launch plan_cast(const CastArgs& args, DType dtype, int num_sms) {
@@ -222,7 +228,7 @@ Launch plan_cast(const CastArgs& args, DType dtype, int num_sms) {
     require_aligned("cast", "the address of x", args.x, 16);
     require_aligned("cast", "the address of data", args.data, 16);
     return launch_rows(text("ep_cast_", kNames[static_cast<int>(dtype)], "_kernel"),
-                       blocks_for(args.num_tokens, num_sms), args);
+                       num_row_blocks(args.num_tokens, num_sms), args);
 }
 
 }  // namespace ep::cuda

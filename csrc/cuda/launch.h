@@ -23,6 +23,9 @@ enum class DType : int { kBFloat16, kFloat16, kFloat32, kFloat64 };
 /// How many blocks count and route take. Both must take the same, for the same `num_sms`.
 unsigned num_scan_blocks(int64_t num_tokens, int num_sms);
 
+/// How many blocks take rows, or tokens, a warp each in turn.
+unsigned num_row_blocks(int64_t num_rows, int num_sms);
+
 /// `topk_shift` is filled in.
 Launch plan_count(ScanArgs args, int num_sms);
 Launch plan_route(ScanArgs args, int num_sms);

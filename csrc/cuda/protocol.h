@@ -197,6 +197,8 @@ struct DispatchArgs {
     const char* weights;    // [T, K] or null
     const void* topk_idx;   // [T, K]; only by rank, and where weights or indices travel
     const int32_t* routes;  // [3, T, K]
+    int64_t route_plane;    // int32 from a route's rank to its row, and on to its slot: T * K, if x
+                            // are all tokens of the routes
     const int32_t* valid;   // [L] rows of each local expert before padding; expand only
     int64_t num_tokens;
     int64_t alignment;
@@ -213,7 +215,7 @@ struct DispatchArgs {
     int32_t rank;
     CastRecipe recipe;  // of rows that are cast
     // Where each rank's parts start: addresses, or where there is a state, offsets behind the
-    // places that it holds; then all depends on whether ranks agree.
+    // places that it holds; then all depends on whether ranks agree. Nothing goes to null.
     const CallState* state;
     char* to_x[kMaxRanks];
     char* to_scales[kMaxRanks];
@@ -279,6 +281,7 @@ struct ReduceArgs {
 struct CombineArgs {
     const CallState* state;  // or null: addresses are those below, and all ranks agree
     const int32_t* routes;   // [3, T, K]
+    int64_t route_plane;     // as in DispatchArgs
     int64_t num_tokens;
     int32_t num_topk;
     int32_t row_bytes;

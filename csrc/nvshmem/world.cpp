@@ -199,10 +199,10 @@ void put_signal(int peer,
     require_aligned(kPut, "the target", target, kPutAlignment);
     require_aligned(kPut, "the bytes", num_bytes, kPutAlignment);
     require_aligned(kPut, "the signal", signal, sizeof(uint64_t));
-    nvshmemx_putmem_signal_on_stream(reinterpret_cast<void*>(target),
-                                     reinterpret_cast<const void*>(source), num_bytes,
-                                     reinterpret_cast<uint64_t*>(signal), value, NVSHMEM_SIGNAL_SET,
-                                     peer, reinterpret_cast<cudaStream_t>(stream));
+    nvshmemx_putmem_signal_nbi_on_stream(
+        reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), num_bytes,
+        reinterpret_cast<uint64_t*>(signal), value, NVSHMEM_SIGNAL_SET, peer,
+        reinterpret_cast<cudaStream_t>(stream));
     check(cudaGetLastError(), kPut, "the put to be launched");
 }
 

@@ -6,7 +6,7 @@ call returns is written by the time that the caller's stream comes to it.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,11 +81,11 @@ class CudaBackend:
         num_tokens, num_topk = routing.topk_idx.shape
         routes = self._device.output(torch.int32, (3, num_tokens, num_topk))
         # A handle's indices say which weights go where; they do not travel again.
-        travels = not routing.expand
-        send = Send.of(self._device, call, rows, routing, routes, travels=travels)
+        idx_dtype = None if routing.expand else routing.topk_idx.dtype
+        send = Send.of(self._device, call, rows, routing, routes, idx_dtype=idx_dtype)
         assert send.topk_idx is not None
         scan = self._meeting.scan(send.topk_idx.address, send.call, num_tokens, routes.address)
-        report, sizes, block = self._send(send, scan, None)
+        report, sizes, block = self._send(send, scan, None, self._whole(send))
         plan_id = self._meeting.ticket
         received, links = self._receive(send, block, sizes.num_rows[self.rank])
         alignment = routing.expert_alignment
@@ -116,20 +116,14 @@ class CudaBackend:
         return Received(rows.new_received(handle))
 
     def dispatch_again(
-        self,
-        rows: Rows,
-        handle: DispatchHandle,
-        received: Received | None = None,
-        *,
-        with_idx: bool = False,
+        self, rows: Rows, handle: DispatchHandle, received: Received | None = None
     ) -> Rows:
-        """See `Backend.dispatch_again`; `with_idx`: the handle's `topk_idx` arrives, too."""
+        """See `Backend.dispatch_again`."""
         rows = rows.contiguous()
         call = self._begin("cached dispatch", rows, handle)
         routes = self._device.input(handle.routes)
-        send = Send.of(self._device, call, rows, handle, routes, travels=with_idx)
-        _, sizes, block = self._send(send, None, handle)
-        arrived, _ = self._receive(send, block, sizes.num_rows[self.rank])
+        send = Send.of(self._device, call, rows, handle, routes)
+        arrived = self.dispatch_parts(send, handle, self._whole(send))
         if received is None:
             return arrived
         copy_rows(received.rows, arrived)
@@ -149,18 +143,49 @@ class CudaBackend:
         """See `Backend.combine`."""
         rows = rows.contiguous()
         self._begin("combine", rows, handle)
+        added = self.combine_parts(rows, handle, self._all_sums, biases, combined or (None, None))
+        return added.tensors(self._device)
+
+    # -- by several launches ----------------------------------------------------------------------
+
+    def dispatch_parts(
+        self, send: Send, handle: DispatchHandle, move: Callable[[_cuda.DispatchArgs], None]
+    ) -> Rows:
+        """Dispatch along a handle of `num_rows_per_rank`. Collective.
+
+        Args:
+            send: what arrives, and what this rank sends itself.
+            handle: of which all ranks know how many rows they receive.
+            move: launches what moves rows, given what one launch would send this rank's by.
+        """
+        _, sizes, block = self._send(send, None, handle, move)
+        return self._receive(send, block, sizes.num_rows[self.rank])[0]
+
+    def combine_parts(
+        self,
+        rows: Rows,
+        handle: DispatchHandle,
+        move: Callable[[Sum, int], None],
+        biases: Sequence[Tensor] = (),
+        combined: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Sum:
+        """Combine dense rows; return what was summed. Collective; see `combine`.
+
+        `move` launches what reads and sums, given the sum of `handle`'s tokens, and the address of
+        what says where all rows are.
+        """
         device = self._device
         lies_at = self._arena.place_of(device.arena_address(rows.x), rows.x.nbytes)
         reduces = self._reduces_all or (rows.x.dtype in _EXACT_DTYPES and lies_at is None)
-        added = Sum.of(device, rows, handle, biases, combined or (None, None), reduces=reduces)
+        added = Sum.of(device, rows, handle, biases, combined, reduces=reduces)
         if added.links is not None:
             lies_at = None
         with device.on_stream():
             self._offer_rows(added, lies_at)
-            device.launch(added.plan(self._meeting.state, self._num_sms))
+            move(added, self._meeting.state)
             # What was staged is lent until the next call; the caller's own rows only until now.
             self._meeting.arrive(waits=lies_at is not None)
-        return added.tensors(device)
+        return added
 
     # -- the same without a host that waits -------------------------------------------------------
 
@@ -211,7 +236,11 @@ class CudaBackend:
     # -- dispatch ---------------------------------------------------------------------------------
 
     def _send(
-        self, send: Send, scan: _cuda.ScanArgs | None, handle: DispatchHandle | None
+        self,
+        send: Send,
+        scan: _cuda.ScanArgs | None,
+        handle: DispatchHandle | None,
+        move: Callable[[_cuda.DispatchArgs], None],
     ) -> tuple[_cuda.Report, Sizes, Block]:
         """Meet, find room, launch. Returns the block where this rank's rows arrive."""
         with self._device.on_stream():
@@ -229,13 +258,24 @@ class CudaBackend:
             except (ValueError, RuntimeError):
                 self._arena.free(offered)
                 raise
-            starts = self._push(send, sizes, places)
+            args, starts = self._aim(send, sizes, places)
+            move(args)
             self._meeting.arrive(waits=True)
             expand(self._device, send.layout, starts, sizes.num_rows[self.rank], self._num_sms)
         return report, sizes, block
 
-    def _push(self, send: Send, sizes: Sizes, places: Sequence[int]) -> list[int]:
-        """Send all rows. Returns where the parts of this rank's own received rows start."""
+    def _whole(self, send: Send) -> Callable[[_cuda.DispatchArgs], None]:
+        """Return what moves all rows by one launch."""
+        return lambda args: self._device.launch(send.launch(args, self._num_sms))
+
+    def _all_sums(self, added: Sum, state: int) -> None:
+        """Sum all tokens' rows by one launch."""
+        self._device.launch(added.plan(state, self._num_sms))
+
+    def _aim(
+        self, send: Send, sizes: Sizes, places: Sequence[int]
+    ) -> tuple[_cuda.DispatchArgs, list[int]]:
+        """Return what moves all rows, and where the parts of this rank's received rows start."""
         call, targets = send.call, self._arena.addresses(places)
         starts = [
             [target + start for start in send.layout.starts(num_rows)]
@@ -245,8 +285,7 @@ class CudaBackend:
         if call.expand and call.expert_alignment > 1:
             valid.write(struct.pack(f"<{len(sizes.valid)}i", *sizes.valid))
         ranks = self.rank, self.num_ranks
-        self._device.launch(send.plan(starts, valid.device_address, ranks, self._num_sms))
-        return starts[self.rank]
+        return send.args(starts, valid.device_address, ranks), starts[self.rank]
 
     def _receive(self, send: Send, block: Block, num_rows: int) -> tuple[Rows, Tensor | None]:
         """Look at what arrived, as tensors that keep the block; or widened, as copies.

@@ -50,7 +50,8 @@ class CallsWithin:
         device, meeting, topk_idx = self._device, self._meeting, routing.topk_idx
         routes = device.output(torch.int32, (3, *topk_idx.shape))
         numbers = device.output(torch.int32, (num_numbers(routing.num_experts, meeting.num_ranks),))
-        send = Send.of(device, call, rows, routing, routes, travels=not routing.expand)
+        idx_dtype = None if routing.expand else topk_idx.dtype
+        send = Send.of(device, call, rows, routing, routes, idx_dtype=idx_dtype)
         assert send.topk_idx is not None
         scan = meeting.scan(send.topk_idx.address, call, len(topk_idx), routes.address)
         capacity = routing.num_worst_tokens
@@ -81,7 +82,7 @@ class CallsWithin:
         """See `SyncFreeBackend.dispatch_again_within`."""
         device, capacity = self._device, handle.num_worst_tokens
         routes, numbers = device.input(handle.routes), device.input(handle.numbers)
-        send = Send.of(device, call, rows, handle, routes, travels=False)
+        send = Send.of(device, call, rows, handle, routes)
         self._make_room("cached dispatch", call, send.layout.starts(capacity)[-1])
         with device.on_stream():
             self._meeting.post("cached dispatch", call, self._block)

@@ -39,9 +39,9 @@ class Send:
         by: Routing | DispatchHandle | DeviceHandle,
         routes: Memory,
         *,
-        travels: bool,
+        idx_dtype: torch.dtype | None = None,
     ) -> "Send":
-        """Describe a call; `travels`: indices arrive with the rows."""
+        """Describe a call; `idx_dtype`: of the indices that arrive with the rows, if they do."""
         return Send(
             operation="dispatch" if isinstance(by, Routing) else "cached dispatch",
             call=call,
@@ -51,7 +51,7 @@ class Send:
             weights=_input(device, rows.topk_weights),
             topk_idx=_input(device, by.topk_idx),
             routes=routes,
-            layout=RowLayout.of(rows, call, by.topk_idx if travels else None),
+            layout=RowLayout.of(rows, call, idx_dtype),
         )
 
     def plan(
@@ -62,24 +62,41 @@ class Send:
         num_sms: int,
         state: int = 0,
     ) -> Launch:
-        """Return the launch that moves the rows.
+        """Return the launch that moves the rows; see `args`."""
+        return self.launch(self.args(starts, valid, ranks, state), num_sms)
+
+    def launch(self, args: _cuda.DispatchArgs, num_sms: int) -> Launch:
+        """Return the launch that moves rows as they are sent by this call, cast if they are."""
+        if self.rows.fp8 is None:
+            return _cuda.plan_dispatch(args, num_sms)
+        args.recipe = recipe_of(self.rows.fp8)
+        return _cuda.plan_dispatch_cast(args, SUM_DTYPES[self.x.dtype], num_sms)
+
+    def args(
+        self,
+        starts: Sequence[Sequence[int]],
+        valid: int,
+        ranks: tuple[int, int],
+        state: int = 0,
+    ) -> _cuda.DispatchArgs:
+        """Return what the kernel takes to move all rows.
 
         Args:
             starts: by rank, where the parts of `layout` start: addresses, or offsets in its block.
             valid: address of `[L]` rows of each local expert before padding.
             ranks: this one and how many there are.
-            num_sms: most blocks.
             state: address of what notify leaves, where starts are offsets.
         """
-        call, layout, recipe = self.call, self.layout, self.rows.fp8
+        call, layout = self.call, self.layout
         to_x, to_scales, to_weights, to_idx, to_links, _ = zip(*starts, strict=True)
-        args = _cuda.DispatchArgs(
+        return _cuda.DispatchArgs(
             state=state,
             x=self.x.address,
             scales=address_of(self.scales),
             weights=address_of(self.weights),
             topk_idx=address_of(self.topk_idx),
             routes=self.routes.address,
+            route_plane=len(self.rows.x) * call.num_topk,
             valid=valid,
             num_tokens=len(self.rows.x),
             alignment=call.expert_alignment,
@@ -100,10 +117,6 @@ class Send:
             to_idx=to_idx,
             to_links=to_links,
         )
-        if recipe is None:
-            return _cuda.plan_dispatch(args, num_sms)
-        args.recipe = recipe_of(recipe)
-        return _cuda.plan_dispatch_cast(args, SUM_DTYPES[self.x.dtype], num_sms)
 
 
 @dataclass(frozen=True)
@@ -147,10 +160,19 @@ class Sum:
 
     def plan(self, state: int, num_sms: int) -> Launch:
         """Return the launch that sums rows that are where the posts of this call say."""
+        return self.launch(self.args(state), num_sms)
+
+    def launch(self, args: _cuda.CombineArgs, num_sms: int) -> Launch:
+        """Return the launch that sums rows of this call's dtype."""
+        return _cuda.plan_combine(args, SUM_DTYPES[self.x.dtype], num_sms)
+
+    def args(self, state: int) -> _cuda.CombineArgs:
+        """Return what the kernel takes to sum the rows of all tokens."""
         num_tokens, hidden = self.out.shape
-        args = _cuda.CombineArgs(
+        return _cuda.CombineArgs(
             state=state,
             routes=self.routes.address,
+            route_plane=num_tokens * self.call.num_topk,
             num_tokens=num_tokens,
             num_topk=self.call.num_topk,
             row_bytes=hidden * self.x.dtype.itemsize,
@@ -161,7 +183,6 @@ class Sum:
             out=self.out.address,
             out_weights=address_of(self.out_weights),
         )
-        return _cuda.plan_combine(args, SUM_DTYPES[self.x.dtype], num_sms)
 
     def tensors(self, device: Device) -> tuple[Tensor, Tensor | None]:
         """Return what was summed, after `on_stream`."""

@@ -51,8 +51,8 @@ class RowLayout:
     links: Part | None
 
     @staticmethod
-    def of(rows: Rows, call: Call, topk_idx: Tensor | None) -> "RowLayout":
-        """Return what arrives of `rows`; with indices like `topk_idx` if that is not None."""
+    def of(rows: Rows, call: Call, idx_dtype: torch.dtype | None) -> "RowLayout":
+        """Return what arrives of `rows`; with indices of `idx_dtype` if that is not None."""
         columns = () if call.expand else (call.num_topk,)
         hidden = rows.x.shape[1]
         x, scales = Part(rows.x.dtype, (hidden,)), None
@@ -62,7 +62,7 @@ class RowLayout:
         elif rows.scales is not None:
             scales = Part(rows.scales.dtype, (rows.scales.shape[1],))
         weights = None if rows.topk_weights is None else Part(rows.topk_weights.dtype, columns)
-        idx = None if topk_idx is None else Part(topk_idx.dtype, columns)
+        idx = None if idx_dtype is None else Part(idx_dtype, columns)
         may_repeat = call.expand and call.num_topk > 1
         return RowLayout(x, scales, weights, idx, Part(torch.int32, (2,)) if may_repeat else None)
 

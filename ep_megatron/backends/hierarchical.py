@@ -93,7 +93,9 @@ class HierarchicalBackend:
 
     def new_received(self, rows: Rows, handle: DispatchHandle) -> Received:
         """See `Backend.new_received`."""
-        if handle.hop is None:  # of another backend: the call will say so, on every rank
+        if not isinstance(
+            handle.hop, HostHop
+        ):  # of another backend: the call will say so, on every rank
             return Received(Rows(*rows.new_arrived(handle.num_recv_rows)))
         return self._place(rows, handle.hop, with_idx=False)
 
@@ -383,7 +385,7 @@ class HierarchicalBackend:
             raise
 
     def _hop_of(self, operation: str, handle: DispatchHandle) -> HostHop:
-        if handle.hop is not None:
+        if isinstance(handle.hop, HostHop):
             return handle.hop
         error = "expected the handle to be one of this backend, got one of another"
         self.fail(operation, error)

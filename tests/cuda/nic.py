@@ -1,12 +1,10 @@
 """An emulated network: puts and signals by cards that come late, between nodes.
 
-A put is a kernel of its own on a stream of its pair of ranks, the queue pair, which waits for a
-bell that the rank's own stream rings. So it reads its source and writes its target at any time
-between the bell and the end of what waits for its signal, in pieces, in the order of its queue pair
-alone, as the machine's seed wants it; and races and weak stores are seen as those of any kernel.
-
-Puts and signals that kernels start by themselves come on several queue pairs in turn: of two of
-them, either may be first.
+A put is a kernel of its own on a stream of a queue pair, which waits for a bell that the rank's own
+stream rings. So it reads its source and writes its target at any time between the bell and the end
+of what waits for its signal, in pieces, as the machine's seed wants it; and races and weak stores
+are seen as those of any kernel. There are several queue pairs for a pair of ranks, taken in turn:
+of two puts, either may be first. So it is with those that kernels start by themselves.
 """
 
 import secrets
@@ -231,7 +229,8 @@ class EmulatedNvshmem:
             value,
         )
         ring = machine.pack("nic_ring", self._bell, self.num_puts)
-        machine.launch(rank, "nic_put", 1, 32, 0, params, _QUEUE_PAIRS + peer)
+        pair = _PAIRS_PER_PEER * peer + self.num_puts % _PAIRS_PER_PEER
+        machine.launch(rank, "nic_put", 1, 32, 0, params, _QUEUE_PAIRS + pair)
         machine.launch(rank, "nic_ring", 1, 1, 0, ring)
 
     def _at(self, peer: int, address: int, num_bytes: int) -> int:
@@ -266,6 +265,7 @@ class Nodes(Ranks):
         mode: see tests/emulator/README.md.
         is_exact: `float32_between_hosts`.
         timeout: of waits, in seconds of the emulated clock.
+        chunk_bytes: `chunk_bytes_between_hosts`.
         kernels: PTX in place of what the extension holds.
     """
 
@@ -277,6 +277,7 @@ class Nodes(Ranks):
         *,
         is_exact: bool = False,
         timeout: float = 1e9,
+        chunk_bytes: int = 1,
         kernels: Sequence[str] = (),
     ) -> None:
         num_ranks = self.num_ranks = len(layout)
@@ -293,7 +294,12 @@ class Nodes(Ranks):
             device.fabric = self.fabric
         self.devices = list(devices)
         self._fail_together()
-        config = BufferConfig(timeout=timeout, num_sms=NUM_SMS, float32_between_hosts=is_exact)
+        config = BufferConfig(
+            timeout=timeout,
+            num_sms=NUM_SMS,
+            float32_between_hosts=is_exact,
+            chunk_bytes_between_hosts=chunk_bytes,
+        )
 
         def make(rank: int) -> CudaNodesBackend:
             device, meeting = devices[rank], ThreadMeeting(rank, whole)

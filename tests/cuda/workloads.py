@@ -7,7 +7,6 @@ wrong, and returns what the machine reported.
 import functools
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ep_megatron import _cuda
 from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.backends.crossing import Record, Traffic
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.config import BufferConfig
 from tests.cuda.emulated import Ranks, shipped_ptx
@@ -137,12 +137,12 @@ def rows_that_are_lost(backend: Backend, _reference: Backend) -> None:
     """Exchange a row with every rank of the other node; what rank 2 sends does not come."""
     crossing: Any = getattr(backend, "_crossing")  # noqa: B009
     rank = backend.rank
-    num_rows = [[int(a // 2 != b // 2) for b in range(4)] for a in range(4)]
-    nothing = torch.empty(0, dtype=torch.uint8)
-    # Who reads the rows waits for the kernel; this host is to learn of it by its word alone.
-    with patch.object(crossing._device, "views", lambda *_: nothing):
-        crossing.exchange(torch.zeros(2, 16, dtype=torch.uint8), num_rows)
-    if rank < 2:
+    num_rows = {(a, b): 1 for a in range(4) for b in range(4) if a // 2 != b // 2}
+    exchange = crossing.begin(Record(16, ()), Traffic.of(rank, num_rows))
+    with crossing._device.on_stream():
+        exchange.put_all_rows()
+        exchange.wait_for_all()
+    if rank < 2:  # this host is to learn of it by the kernel's word alone
         crossing._device.wait_for_word(crossing._error, crossing._epoch, 0)
         with pytest.raises(RuntimeError, match="got nothing from rank 2;"):
             crossing.check("exchange")
