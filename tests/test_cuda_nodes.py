@@ -253,6 +253,58 @@ def test_bad_calls_raise_on_every_rank_and_the_next_goes_on() -> None:
     no_report(nodes)
 
 
+def check_no_room(backend: Any, _reference: Backend, case: Case, operation: str) -> str:
+    """A node without room for one call; the others' next call goes on, or ends as it must."""
+    rank = backend.rank
+    routing = Routing(case.topk_idx(rank), case.num_experts)
+    x = case.x(rank, torch.float32)
+    received, handle = backend.dispatch(Rows(x), routing)
+    arena, num_bytes = backend._inside._arena, 1 << 62
+    if rank < 2:
+        arena._max_bytes = 0
+        arena.allocate_largest()  # nothing is left
+    error = ""
+    try:
+        if operation == "dispatch":
+            backend.dispatch_again(Rows(x), handle)
+        else:
+            backend.combine(Rows(received.x.clone()), handle)
+    except RuntimeError as refused:
+        error = str(refused)
+    arena._max_bytes = num_bytes
+    if operation == "dispatch":  # what was on its way is in no later call
+        for _ in range(3):
+            again = backend.dispatch_again(Rows(x), handle)
+            assert torch.equal(again.x, received.x)
+    return error
+
+
+def test_a_node_without_room_raises_and_later_rows_are_their_own() -> None:
+    nodes = Nodes("AABB")
+    errors = nodes.run(check_no_room, CASES[4], "dispatch")
+    assert ["max_bytes" in error for error in errors] == [True, True, False, False]
+    no_report(nodes)
+
+
+def test_a_node_that_has_not_summed_breaks_down() -> None:
+    """The others wait for its sums in vain."""
+    nodes = Nodes("AABB", timeout=0.02)
+    backends: list[Any] = nodes.backends
+
+    def call(backend: Any, reference: Backend) -> str:
+        try:
+            return check_no_room(backend, reference, CASES[4], "combine")
+        except Exception as error:  # a trap stops the machine
+            return str(error)
+
+    errors = nodes.run(call)
+    assert ["max_bytes" in error for error in errors] == [True, True, False, False]
+    assert any("trap" in error for error in errors[2:])
+    for backend in backends[:2]:
+        with pytest.raises(RuntimeError, match="was not summed"):
+            backend.fail("dispatch", "something")
+
+
 def lossy(nodes: Nodes, rank: int, only: int | None = None) -> None:
     """Let the card of a rank lose what it is given; `only`: nothing but that put."""
     backend: Any = nodes.backends[rank]

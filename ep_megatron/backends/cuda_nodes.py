@@ -206,7 +206,10 @@ class CudaNodesBackend:
         way = plan.hop(handle, counts)
         idx = None if handle.topk_idx is None else handle.topk_idx.to(device)
         hop = NodeHop(
-            inner=replace(way.inner, num_tokens=handle.num_tokens),
+            # Of the host's plan, sizes alone: tensors are the device's.
+            inner=replace(
+                way.inner, num_tokens=handle.num_tokens, routes=handle.routes[:0], topk_idx=None
+            ),
             by_node=by_node(way).to(device),
             forwarded=handle.routes[:0],
             num_to_node=tuple(map(tuple, plan.split(everyone)[2].tolist())),
