@@ -18,6 +18,7 @@ from ep_megatron.backends.packed import (
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
+    ReplayedBackend,
     Waits,
 )
 from ep_megatron.calls import Calls
@@ -136,6 +137,7 @@ class LowLatencyVerbs:
             num_tokens, ranks = num_max_dispatch_tokens_per_rank, self.group_size
             check_routing(name, topk_idx, len(x), num_tokens, num_experts, ranks, device)
             check_stats(name, stats, num_experts // ranks, ranks, device)
+            self._check_waits(name, stats[1])
             recipe = recipe_of(name, use_fp8, round_scale, use_ue8m0, x.shape[1])
             code = 0 if recipe is None else recipe.code
             return LowLatencyCall(DISPATCH, num_tokens, x.shape[1], num_experts, code)
@@ -220,6 +222,7 @@ class LowLatencyVerbs:
             if out is not None:
                 check_tensor(name, "out", out, (length, hidden), bf16, dense=True, device=device)
             check_stats(name, stats, local, ranks, device)
+            self._check_waits(name, stats[1])
             return LowLatencyCall(COMBINE, *sizes, use_logfmt=int(use_logfmt))
 
         call = self._agreeable(name, check)
@@ -295,6 +298,30 @@ class LowLatencyVerbs:
         backend = self._masking_backend("low_latency_clean_mask_buffer")
         for rank in range(self.group_size):
             backend.mask(rank, False)
+
+    def low_latency_check(self) -> None:
+        """Raise what replays of CUDA graphs that hold low-latency calls failed in; local.
+
+        Waits for what the current stream has before. A replay has no host that waits for it: ranks
+        that disagree, a bad `topk_idx`, a rank that does not come, or masks this one while it
+        reads, leave counts and sums at zero, and are kept until this is called. Raises, once, for
+        the first call that failed since the last look; so does the next call outside of a graph.
+
+        Raises:
+            ValueError, RuntimeError: as the call would have, had it not been captured.
+        """
+        backend = self._backend_of("low_latency_check")
+        if isinstance(backend, ReplayedBackend):
+            backend.check_replays()
+
+    def _check_waits(self, name: str, waited: Tensor | None) -> None:
+        """Raise if nobody can know how long a call waits, and the caller wants to."""
+        backend = self._backend_of(name)
+        if waited is not None and isinstance(backend, ReplayedBackend) and backend.is_capturing():
+            raise ValueError(
+                f"{name}: expected the wait statistics to be None while a CUDA graph is captured, "
+                "got a tensor; no host knows how long a replay waits"
+            )
 
     def _run(
         self,

@@ -120,7 +120,9 @@ def packed_args(**changes: int) -> Any:
         "x_bytes": 512,
         "slot_bytes": 512,
         "block_bytes": 8 * 516,
-        "window_bytes": 4 * 8 * 516,
+        "place_bytes": 4 * 8 * 516,
+        "part_bytes": 2 * 8 * 516,
+        "window_bytes": 2 * 4 * 8 * 516,
     }
     return _cuda.PackedArgs(**{**fields, **changes})
 
@@ -133,10 +135,13 @@ PLANS |= {
     "hidden": lambda: packed_plan(hidden=200),
     "num_tokens": lambda: packed_plan(num_tokens=9),
     "where slots end": lambda: packed_plan(slots=16),
-    "where outgoing slots end": lambda: packed_plan(outbox=16),
+    "the bytes of slots": lambda: packed_plan(place_bytes=4 * 8 * 512),
+    "where outgoing rows end": lambda: packed_plan(outbox=16),
+    "a rank's part of outgoing rows": lambda: packed_plan(part_bytes=2 * 8 * 514),
+    "where the call's number is": lambda: packed_plan(call=-1),
     "the bytes of a block of slots": lambda: packed_plan(block_bytes=8 * 512),
-    "where the inbox ends": lambda: _cuda.plan_packed(
-        _cuda.PackedStep.sum, packed_args(inbox=8 * 144), 4
+    "where incoming rows end": lambda: _cuda.plan_packed(
+        _cuda.PackedStep.sum, packed_args(inbox=16), 4
     ),
     "the bytes of a slot": lambda: packed_plan(slot_bytes=528),
     "the bytes of a row's scales": lambda: packed_plan(x_bytes=256, scale_bytes=6),

@@ -29,6 +29,7 @@ from tests.cuda.buffers import Buffers, NodeBuffers
 from tests.cuda.calls import FLOATS, RECIPES, Drawn, check, check_drawn
 from tests.cuda.emulated import EmulatedDevice, Ranks
 from tests.cuda.nic import Nodes
+from tests.cuda.packed_graphs import give_bad_indices
 from tests.cuda.packed_workloads import keep, late_rows, read_late
 from tests.cuda.within import (
     LATE,
@@ -76,7 +77,6 @@ UNREACHABLE = {
     "i < num_routes; i += ": _LONG,
     "left = addends.rows; left != 0;": "no rows, where rows alone are summed: they are two or more",
     "const int64_t num_warps = static_cast<int64_t>(gridDim.x)": _LONG,  # by them
-    "before = (before + rows) % num_warps": _LONG,
     "i < static_cast<int>(sizeof(PostHead) / 4)": _FEW,
     "reinterpret_cast<const uint32_t*>(&args.head)[i]": _FEW,
     "rank < kMaxRanks; rank += kNotifyThreads": _FEW,
@@ -289,6 +289,9 @@ def low_latency_calls() -> Iterator[Machine]:
         nodes = NodeBuffers("AB", timeout=TIMEOUT, enable_shrink=True)
         late_rows(nodes)
         yield nodes.machine
+        nodes = NodeBuffers("ABA", enable_shrink=True)
+        nodes.call(mask_by_hand, threading.Barrier(3).wait)
+        yield nodes.machine
     for num_ranks in (2, 3, 8):
         cases = [case for case in PACKED_CASES.values() if case.num_ranks == num_ranks]
         buffers = Buffers(num_ranks)
@@ -313,6 +316,9 @@ def low_latency_calls() -> Iterator[Machine]:
     yield buffers.machine
     buffers = Buffers(3, timeout=TIMEOUT, enable_shrink=True)
     buffers.call(come_late, threading.Event())
+    yield buffers.machine
+    buffers = Buffers(3)
+    buffers.call(give_bad_indices, buffers.devices)
     yield buffers.machine
 
 

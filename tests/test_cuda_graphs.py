@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ep_megatron import Buffer
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.fp8 import FP8
 from tests.routing import Case
@@ -16,12 +15,10 @@ from tests.routing import Case
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
 from ep_megatron.backends.cuda import CudaBackend
-from tests.cuda.buffers import Buffers
 from tests.cuda.emulated import EmulatedDevice, Ranks
 from tests.cuda.graphs import CASE, SIZES, Layer, eager, replayed, run
 from tests.cuda.layers import new_buffer
 from tests.cuda.within import same
-from tests.test_cuda_low_latency import step
 
 TOO_MANY = "num_worst_tokens = {} rows on a rank"
 
@@ -134,18 +131,3 @@ def kept_block(
 
 def test_a_graph_keeps_its_memory() -> None:
     run(Ranks(3), kept_block, CASE)
-
-
-def test_low_latency_calls_are_refused_in_a_capture() -> None:
-    buffers = Buffers(3)
-
-    def call(rank: int, buffer: Buffer) -> None:
-        device = buffers.devices[rank]
-        with (
-            device.capture(),
-            pytest.raises(RuntimeError, match=r"low_latency_dispatch: .* a CUDA graph is captured"),
-        ):
-            step(buffer, rank, 0)
-        step(buffer, rank, 0)  # nothing has happened
-
-    buffers.call(call)

@@ -1,4 +1,4 @@
-"""Low-latency calls at their edges: the last number of a call, and a post that is overwritten."""
+"""Low-latency calls at their edges: many calls, and a post that is overwritten."""
 
 from typing import Any
 
@@ -21,18 +21,18 @@ from tests.test_low_latency import check_steps_of, experts_rows
 CONTROL_HEAD_BYTES = 8 * (5 * _cuda.MAX_RANKS + 2 * _cuda.MAX_EXPERTS)  # before the posts
 POST_HEAD_BYTES = 624
 POST_BYTES = POST_HEAD_BYTES + 4 * 2 * _cuda.MAX_EXPERTS
-BEFORE_THE_LAST = (1 << 32) - 3
+BEFORE_MANY = (1 << 32) - 3
 
 
-def test_calls_go_on_after_the_last_number() -> None:
+def test_calls_go_on_where_32_bits_end() -> None:
     buffers = Buffers(3, mode="race")
-    buffers.come_after(BEFORE_THE_LAST)
+    buffers.come_after(BEFORE_MANY)
     buffers.call(check_steps_of, 4)
     assert buffers.machine.report() == []
 
 
 def combine_late(rank: int, buffer: Buffer) -> None:
-    """The place of the call with the last number is free for that behind number zero."""
+    """Calls behind 32 bits of them use each other's places."""
     case = PackedCase((5, 6))
     idx, weights, expected = case.topk_idx(rank), case.weights(rank), expected_combined(case, rank)
     recv, _, handle, _, _ = buffer.low_latency_dispatch(
@@ -52,16 +52,16 @@ def combine_late(rank: int, buffer: Buffer) -> None:
         assert torch.equal(out, expected)
 
 
-def test_places_are_taken_in_turn_after_the_last_number() -> None:
+def test_places_are_taken_in_turn_where_32_bits_end() -> None:
     buffers = Buffers(2, mode="race")
-    buffers.come_after(BEFORE_THE_LAST)
+    buffers.come_after(BEFORE_MANY)
     buffers.call(combine_late)
     assert buffers.machine.report() == []
 
 
-def test_the_call_with_number_zero_can_break_down() -> None:
+def test_the_call_behind_32_bits_can_break_down() -> None:
     buffers = Buffers(2, mode="race", timeout=TIMEOUT)
-    buffers.come_after(BEFORE_THE_LAST)
+    buffers.come_after(BEFORE_MANY)
     assert keep(buffers) == []
 
 
@@ -80,10 +80,10 @@ def test_a_post_that_is_overwritten_leads_nowhere(operation: str) -> None:
         post = CONTROL_HEAD_BYTES + POST_BYTES * (number % 2 * _cuda.MAX_RANKS + 1)
         wild = np.full(2 * TWO.num_experts, 1 << 28, np.int32)
         if operation == "combine":  # as many rows, but elsewhere
-            at = packed._controls[0] + post + POST_HEAD_BYTES
+            at = packed._kernels._controls[0] + post + POST_HEAD_BYTES
             wild = np.frombuffer(buffers.machine.read(0, at, wild.nbytes), np.int32).copy()
             wild[::2] = 1 << 28
-        buffers.machine.write(0, packed._controls[0] + post + POST_HEAD_BYTES, wild)
+        buffers.machine.write(0, packed._kernels._controls[0] + post + POST_HEAD_BYTES, wild)
 
     def check(rank: int, buffer: Buffer) -> None:
         if operation == "combine" and rank == 0:

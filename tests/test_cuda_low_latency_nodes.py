@@ -16,11 +16,11 @@ pytest.importorskip("ep_megatron._nvshmem", reason="built without NVSHMEM")
 
 from ep_megatron import Buffer
 from tests.cuda import buffers as buffers_of_nodes
-from tests.cuda import nic
+from tests.cuda import nic, packed_graphs
 from tests.cuda.buffers import NodeBuffers
 from tests.cuda.far import LAYOUTS, run
 from tests.cuda.nic import far_ptx
-from tests.packed_cases import PackedCase
+from tests.packed_cases import PackedCase, expected_combined
 from tests.test_cuda_low_latency import (
     bad_handles,
     be_named,
@@ -38,6 +38,7 @@ from tests.test_low_latency import (
     check_cases,
     check_hooks_of,
     check_steps_of,
+    experts_rows,
 )
 
 Meet = Callable[[], object]
@@ -90,6 +91,18 @@ def test_masks_by_hand(layout: str) -> None:
     no_report(buffers)
 
 
+@pytest.mark.parametrize(
+    ("layout", "mode", "how"),
+    [("AB", "weak", "hooks"), ("ABA", "race", "zero_copy"), ("AABB", "race", "odd")],
+)
+def test_calls_are_replayed_with_other_tokens(layout: str, mode: str, how: str) -> None:
+    packed_graphs.run(NodeBuffers(layout, 3, mode), "bf16", how)
+
+
+def test_masks_change_between_replays() -> None:
+    packed_graphs.run_masked(NodeBuffers("ABA", 2, "race", enable_shrink=True))
+
+
 def stay_away(rank: int, buffer: Buffer, all_meet: Meet, others_meet: Meet) -> list[int]:
     """Ranks begin their steps together: one that waits in vain makes the emulated clock run."""
     all_meet()
@@ -128,6 +141,42 @@ def test_a_late_rank_is_masked_and_knows(layout: str) -> None:
     buffers = NodeBuffers(layout, timeout=TIMEOUT, enable_shrink=True)
     meetings = threading.Barrier(3).wait, threading.Barrier(2).wait
     assert buffers.call(come_late, *meetings) == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+
+
+def mask_and_go_on(rank: int, buffer: Buffer, meet: Meet) -> None:
+    """Ranks 0 and 2 give rank 1 up, which says no more: not that what it was sent has come, either.
+
+    They use all places of a window again, with rows of other sizes.
+    """
+    for number in range(2):
+        zero_copy_step(rank, buffer, number, ())
+    meet()
+    if rank == 1:
+        return
+    buffer.low_latency_update_mask_buffer(1, True)
+    for number in range(4):
+        step(buffer, rank, number, (1,))
+        zero_copy_step(rank, buffer, number, (1,))
+
+
+def zero_copy_step(rank: int, buffer: Buffer, number: int, masked: tuple[int, ...]) -> None:
+    case = PackedCase((5, 6, 7), hidden=256, capacity=9)
+    idx = case.topk_idx(rank, number)
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(
+        case.x(rank, number), idx, case.capacity, case.num_experts, use_fp8=False
+    )
+    assert isinstance(recv, torch.Tensor)
+    place = buffer.get_next_low_latency_combine_buffer(handle)
+    place.copy_(experts_rows(case, rank, recv))
+    weights = case.weights(rank, number)
+    out, _, _ = buffer.low_latency_combine(place, idx, weights, handle, zero_copy=True)
+    assert torch.equal(out, expected_combined(case, rank, number, masked))
+
+
+def test_what_a_masked_rank_was_sent_is_not_overwritten_on_its_way() -> None:
+    buffers = NodeBuffers("ABA", 1, "race", enable_shrink=True)
+    buffers.call(mask_and_go_on, threading.Barrier(3).wait)
+    no_report(buffers)
 
 
 def test_without_masks_a_rank_that_stays_away_is_named() -> None:

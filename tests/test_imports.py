@@ -55,6 +55,7 @@ FLOORS = [
         "backends.device_arena",
         "backends.nvshmem",
         "backends.packed_message",
+        "backends.packed_order",
         "backends.packed_report",
         "backends.packed_window",
         "packed_arguments",
@@ -70,7 +71,7 @@ FLOORS = [
         "backends.checked",
     },
     {"backends.device_links", "backends.host_counts", "backends.node_ends", "backends.reach"},
-    {"backends.device_calls"},
+    {"backends.device_calls", "backends.packed_kernels"},
     {"backends.cuda_within", "backends.node_rows"},
     {
         "backends.hierarchical",

@@ -21,7 +21,6 @@ void set_packed_head(PackedArgs& args,
     args.head = PackedHead{};
     std::copy(call.begin(), call.end(), args.head.call);
     args.head.kind = error.empty() ? kPackedTakesPart : kPackedBadArguments;
-    args.head.epoch = args.epoch;
     args.head.rows = rows;
     std::strncpy(args.head.error, error.c_str(), kErrorBytes - 1);
 }
@@ -36,8 +35,9 @@ struct PackedWord {
     int64_t error_value, error_at;
 };
 
-std::pair<uint32_t, std::vector<PackedWord>> read_packed_report(const py::buffer& bytes,
-                                                                int num_ranks) {
+/// The operation, its status, and what every rank said.
+std::tuple<uint32_t, uint32_t, std::vector<PackedWord>> read_packed_report(const py::buffer& bytes,
+                                                                           int num_ranks) {
     const py::buffer_info info = bytes.request();
     if (info.size * info.itemsize < static_cast<py::ssize_t>(sizeof(PackedReport)) ||
         num_ranks > kMaxRanks)
@@ -57,7 +57,7 @@ std::pair<uint32_t, std::vector<PackedWord>> read_packed_report(const py::buffer
                          head.error_value,
                          head.error_at});
     }
-    return {report.status, std::move(words)};
+    return {report.operation, report.status, std::move(words)};
 }
 
 void bind_packed_args(py::module_& m) {
@@ -71,11 +71,15 @@ void bind_packed_args(py::module_& m) {
         .add("slots", &PackedArgs::slots)
         .add("outbox", &PackedArgs::outbox)
         .add("inbox", &PackedArgs::inbox)
+        .add("place_bytes", &PackedArgs::place_bytes)
+        .add("part_bytes", &PackedArgs::part_bytes)
         .add("block_bytes", &PackedArgs::block_bytes)
         .add("rank", &PackedArgs::rank)
         .add("num_ranks", &PackedArgs::num_ranks)
-        .add("epoch", &PackedArgs::epoch)
+        .add("call", &PackedArgs::call)
+        .add("rows_place", &PackedArgs::rows_place)
         .add("ticket", &PackedArgs::ticket)
+        .add("is_awaited", &PackedArgs::is_awaited)
         .add("masks_late", &PackedArgs::masks_late)
         .add("operation", &PackedArgs::operation)
         .add("num_experts", &PackedArgs::num_experts)
@@ -140,6 +144,7 @@ void bind_packed(py::module_& m) {
     m.attr("PACKED_CONTROL_BYTES") = sizeof(PackedControl);
     m.attr("PACKED_STATE_BYTES") = sizeof(PackedState);
     m.attr("PACKED_REPORT_BYTES") = sizeof(PackedReport);
+    m.attr("PACKED_NUM_CALLS_AT") = offsetof(PackedState, num_calls);
     m.attr("PACKED_AGREED") = static_cast<uint32_t>(kPackedAgreed);
     m.attr("PACKED_DISAGREED") = static_cast<uint32_t>(kPackedDisagreed);
     m.attr("PACKED_OTHER_ROUTING") = static_cast<uint32_t>(kPackedOtherRouting);

@@ -365,6 +365,7 @@ void bind_device(py::module_& m) {
         .def("allocate_host", &Device::allocate_host, py::arg("num_bytes"))
         .def("free_host", &Device::free_host, py::arg("address"))
         .def("launch", &Device::launch, py::arg("launch"), py::arg("stream"))
+        .def("graph_id", &Device::graph_id, py::arg("stream"))
         .def("synchronize", &Device::synchronize, py::arg("stream"),
              py::call_guard<py::gil_scoped_release>());
 }

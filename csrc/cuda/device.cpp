@@ -180,4 +180,13 @@ void Device::synchronize(uintptr_t stream) {
           "the kernels to finish");
 }
 
+uint64_t Device::graph_id(uintptr_t stream) const {
+    use();
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(pointer(stream)), &status, &id),
+          "to know of the capture");
+    return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 }  // namespace ep::cuda

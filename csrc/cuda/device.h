@@ -38,6 +38,8 @@ class Device {
 
     void launch(const Launch& launch, uintptr_t stream);
     void synchronize(uintptr_t stream);
+    /// A number of the graph that a stream is captured into; 0 for none.
+    uint64_t graph_id(uintptr_t stream) const;
 
  private:
     void use() const;

@@ -21,9 +21,10 @@ __device__ __forceinline__ char* slot_of(const PackedArgs& args, int64_t token) 
     const int experts_per_rank = args.num_experts / args.num_ranks;
     const int rank = expert / experts_per_rank;
     if (args.state->masked[rank] != 0) return nullptr;
-    const int pair = expert % experts_per_rank * args.num_ranks + args.rank;
-    char* block = is_far(args, rank) ? block_at(args, args.window[args.rank] + args.outbox, expert)
-                                     : block_at(args, args.window[rank] + args.slots, pair);
+    const int local = expert % experts_per_rank, pair = local * args.num_ranks + args.rank;
+    char* block = is_far(args, rank)
+                      ? block_at(args, outbox_of(args, rank), local)
+                      : block_at(args, args.window[rank] + place_at(args, args.slots), pair);
     store_4(tag_of(block, place), static_cast<uint32_t>(token));
     return block + static_cast<int64_t>(place) * args.slot_bytes;
 }
@@ -37,7 +38,8 @@ __device__ __forceinline__ void push_tokens(const PackedArgs& args, Push push) {
         push(args.x + token * args.hidden * 2, slot_of(args, token));
 }
 
-/// A token's rows: lane k holds the address and the weight of slot k's; null where unused.
+/// A token's rows: lane k holds the address and the weight of slot k's; null where unused, and
+/// everywhere where ranks disagree, so that the sums of a graph are not those of a replay before.
 struct Weighted {
     const char* row;
     float weight;
@@ -48,13 +50,15 @@ __device__ __forceinline__ Weighted weighted_row(const PackedArgs& args, int64_t
     const int64_t slot = token * args.num_topk + lane;
     const int expert = lane < args.num_topk ? expert_of(args, slot) : -1;
     const int place = place_of(args, token, expert);
-    if (expert < 0 || args.state->begins[expert] < 0) return {nullptr, 0.0f};
+    if (expert < 0 || args.state->status != kPackedAgreed || args.state->begins[expert] < 0)
+        return {nullptr, 0.0f};
     const int experts_per_rank = args.num_experts / args.num_ranks;
     const int rank = expert / experts_per_rank;
     const int64_t row_bytes = args.hidden * 2;
     if (is_far(args, rank)) {
         const int64_t row = static_cast<int64_t>(expert) * args.max_tokens + place;
-        return {args.window[args.rank] + args.inbox + row * row_bytes, args.weights[slot]};
+        const char* inbox = args.window[args.rank] + place_at(args, args.inbox);
+        return {inbox + row * row_bytes, args.weights[slot]};
     }
     const int64_t row =
         first_slot(args, expert % experts_per_rank, 0) + args.state->begins[expert] + place;
@@ -117,7 +121,7 @@ EP_ROW_KERNEL ep_packed_take_kernel(const __grid_constant__ PackedArgs args) {
     if (state.status != kPackedAgreed) return;
     const int lane = threadIdx.x % kWarpSize;
     const int64_t capacity = static_cast<int64_t>(args.num_ranks) * args.max_tokens;
-    char* blocks = args.window[args.rank] + args.slots;
+    char* blocks = args.window[args.rank] + place_at(args, args.slots);
     const int num_words = args.scale_bytes / 4;
     for_rows(
         args, [&](int pair) { return state.counts[pair]; },
@@ -136,27 +140,34 @@ EP_ROW_KERNEL ep_packed_take_kernel(const __grid_constant__ PackedArgs args) {
         });
 }
 
-/// Rows of a combine that are not in the window yet, to the same places there.
+/// Rows of a combine, where they are not in the window yet, to the same places there; those of far
+/// ranks to their outbox.
 EP_ROW_KERNEL ep_packed_stage_kernel(const __grid_constant__ PackedArgs args) {
     if (args.state->broken != 0) return;
     const int64_t capacity = static_cast<int64_t>(args.num_ranks) * args.max_tokens;
     const int row_bytes = args.hidden * 2;
-    char* to = args.window[args.rank] + args.head.rows;
+    char* window = args.window[args.rank] + args.head.rows;
+    const bool is_there = args.x == window;
     for_rows(
         args,
         [&](int pair) {
+            const int source = pair % args.num_ranks;
+            if (is_far(args, source) ? args.state->masked[source] != 0 : is_there) return 0;
             const int64_t range = args.layout_range[pair];
             return is_inside(args, range) ? static_cast<int>(range) : 0;  // post says so
         },
         [&](int pair, int i) {
-            const int64_t row =
-                pair / args.num_ranks * capacity + (args.layout_range[pair] >> 32) + i;
-            copy_whole_row(args.x + row * row_bytes, to + row * row_bytes, row_bytes);
+            const int local = pair / args.num_ranks, source = pair - local * args.num_ranks;
+            const int64_t row = local * capacity + (args.layout_range[pair] >> 32) + i;
+            char* to = window + row * row_bytes;
+            if (is_far(args, source))
+                to = outbox_of(args, source) +
+                     (static_cast<int64_t>(local) * args.max_tokens + i) * row_bytes;
+            copy_whole_row(args.x + row * row_bytes, to, row_bytes);
         });
 }
 
 EP_ROW_KERNEL ep_packed_sum_kernel(const __grid_constant__ PackedArgs args) {
-    if (args.state->status != kPackedAgreed) return;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
     const int row_bytes = args.hidden * 2;

@@ -26,12 +26,11 @@ __device__ __forceinline__ bool is_masked(const PackedArgs& args, int peer) {
 
 /// Wait for a peer's flag, unless it is masked, or masks this rank meanwhile.
 __device__ __forceinline__ Outcome wait_for_peer(
-    const PackedArgs& args, const uint64_t* flag, uint32_t epoch, int peer, uint64_t start) {
+    const PackedArgs& args, const uint64_t* flag, uint64_t number, int peer, uint64_t start) {
     if (is_masked(args, peer)) return Outcome::kMasked;
     const uint64_t* masked_by = &args.control[args.rank]->masked_by[peer];
     do {
-        const uint32_t seen = static_cast<uint32_t>(load_acquire_system(flag));
-        if (static_cast<int32_t>(seen - epoch) >= 0) return Outcome::kCame;
+        if (load_acquire_system(flag) >= number) return Outcome::kCame;
         if (load_acquire_system(masked_by) != 0) return Outcome::kMasked;
     } while (now_nanoseconds() - start < args.timeout_ns);
     return Outcome::kLate;
@@ -107,18 +106,21 @@ __device__ __forceinline__ void refuse_bad_values(const PackedArgs& args,
 }
 
 /// A warp per peer copies the head and the peer's numbers, and raises the flag; to masked ranks
-/// too, which are then at the same call when they are taken back. For far peers both are send's.
+/// too, which are then at the same call when they are taken back. For far peers both are send's,
+/// and a masked one gets nothing: its last post may still be on its way.
 __device__ __forceinline__ void push_posts(const PackedArgs& args,
                                            const PackedHead& head,
                                            const int32_t* counts) {
     const int lane = threadIdx.x % kWarpSize;
     const int local = args.num_experts / args.num_ranks;
+    const uint64_t number = number_of(args);
+    const uint64_t parity = number % 2;
 #pragma unroll 1
     for (int i = threadIdx.x / kWarpSize; i < args.num_ranks; i += kMeetWarps) {
         // Each rank begins with its neighbour, so that not all write to rank 0 first.
         const int peer = (args.rank + 1 + i) % args.num_ranks;
-        const uint32_t parity = args.epoch % 2;
         const bool is_near = !is_far(args, peer);
+        if (!is_near && args.state->masked[peer] != 0) continue;
         PackedControl* there = args.control[is_near ? peer : args.rank];
         PackedPost& post =
             is_near ? there->posts[parity][args.rank] : there->outgoing[parity][peer];
@@ -137,8 +139,7 @@ __device__ __forceinline__ void push_posts(const PackedArgs& args,
             post.numbers[2 * expert + 1] = is_inside(args, range) ? static_cast<int32_t>(range) : 0;
         }
         __syncwarp();  // all lanes' words before lane 0's flag
-        if (lane == 0 && is_near)
-            store_release_system(&there->sent[parity][args.rank], uint64_t{args.epoch});
+        if (lane == 0 && is_near) store_release_system(&there->sent[parity][args.rank], number);
     }
 }
 
@@ -156,10 +157,12 @@ __device__ __forceinline__ void count_slots(const PackedArgs& args, int32_t* cou
 // window.
 
 /// From the posts of a dispatch: where each block of rows starts, for take and for the caller.
-/// Thread i does block i: the rows of rank i % R for local expert i / R.
+/// Thread i does block i: the rows of rank i % R for local expert i / R. No rows where ranks
+/// disagree, so that what a graph does with those of a replay before comes to an end.
 __device__ __forceinline__ void lay_out(const PackedArgs& args,
                                         const PackedPost* posts,
-                                        const uint32_t* is_there) {
+                                        const uint32_t* is_there,
+                                        bool is_agreed) {
     const int block = threadIdx.x;
     if (block >= args.num_experts) return;
     const int local = block / args.num_ranks, source = block % args.num_ranks;
@@ -167,7 +170,9 @@ __device__ __forceinline__ void lay_out(const PackedArgs& args,
 #pragma unroll 1
     for (int rank = 0; rank <= source; ++rank) {
         begin += count;
-        count = is_there[rank] ? min(max(posts[rank].numbers[local], 0), args.max_tokens) : 0;
+        count = is_agreed && is_there[rank]
+                    ? min(max(posts[rank].numbers[local], 0), args.max_tokens)
+                    : 0;
     }
     args.state->begins[block] = begin;
     args.state->counts[block] = count;
@@ -217,15 +222,16 @@ __device__ __forceinline__ bool agrees(const PackedHead& head, const PackedHead&
 /// Wait for all rows that a far rank's post announces, whether they will be taken or not.
 __device__ __forceinline__ Outcome wait_for_rows(const PackedArgs& args, int peer, uint64_t start) {
     const PackedControl& own = *args.control[args.rank];
-    const PackedPost& post = own.posts[args.epoch % 2][peer];
+    const uint64_t call = number_of(args);
+    const PackedPost& post = own.posts[call % 2][peer];
     const bool is_dispatch = post.head.operation == kPackedDispatch;
     const int local = static_cast<int>(post.head.num_numbers);
 #pragma unroll 1
     for (int expert = 0; expert < local; ++expert) {
         if (post.numbers[is_dispatch ? expert : 2 * expert + 1] == 0) continue;
         const int number = is_dispatch ? expert * args.num_ranks + peer : peer * local + expert;
-        const uint64_t* signal = &own.rows[args.epoch % 2][number];
-        const Outcome outcome = wait_for_peer(args, signal, args.epoch, peer, start);
+        const uint64_t* signal = &own.rows[call % 2][number];
+        const Outcome outcome = wait_for_peer(args, signal, call, peer, start);
         if (outcome != Outcome::kCame) return outcome;
     }
     return Outcome::kCame;
@@ -233,18 +239,35 @@ __device__ __forceinline__ Outcome wait_for_rows(const PackedArgs& args, int pee
 
 }  // namespace
 
+/// Counts the call, once its places may be written; also where rows of a combine are to be. Without
+/// a call: waits for who still reads rows there, before the caller writes them.
 extern "C" __global__ void __launch_bounds__(kMaskThreads)
     ep_packed_begin_kernel(const __grid_constant__ PackedArgs args) {
-    if (args.state->broken != 0) return;
+    PackedState& state = *args.state;
+    if (state.broken != 0) return;
     const int peer = threadIdx.x;
+    const bool is_call = args.call >= 0, has_rows = args.rows_place >= 0;
+    const uint64_t number = state.num_calls + is_call;
+    // Calls that must have been read, or 0: no call.
+    const uint64_t before = is_call && number > 2 ? number - 2 : 0;
+    const uint64_t reader = has_rows ? state.readers[args.rows_place] : 0;
     bool is_late = false;
     if (peer < args.num_ranks) {
-        const uint64_t* done = &args.control[args.rank]->done[args.epoch % 2][peer];
-        is_late =
-            wait_for_peer(args, done, args.epoch - 2, peer, now_nanoseconds()) == Outcome::kLate;
+        const uint64_t start = now_nanoseconds();
+        Outcome outcome = Outcome::kCame;
+#pragma unroll 1
+        for (int i = 0; i < 2 && outcome == Outcome::kCame; ++i) {
+            const uint64_t call = i == 0 ? before : reader;
+            const uint64_t* done = &args.control[args.rank]->done[call % 2][peer];
+            outcome = wait_for_peer(args, done, call, peer, start);
+        }
+        is_late = outcome == Outcome::kLate;
         if (is_late) lose(args, peer);
     }
-    is_broken(args, is_late);
+    is_broken(args, is_late);  // from here on all threads have read the state
+    if (peer != 0 || !is_call) return;
+    state.num_calls = state.calls[args.call] = number;
+    if (has_rows) state.readers[args.rows_place] = number;
 }
 
 extern "C" __global__ void __launch_bounds__(kMeetThreads)
@@ -274,74 +297,85 @@ extern "C" __global__ void __launch_bounds__(kMeetThreads)
     __shared__ int32_t counts[kMaxExperts];
     const int thread = threadIdx.x;
     PackedState& state = *args.state;
+    const uint64_t number = number_of(args), turn = number % 2;
     const bool was_broken = state.broken != 0;
+    bool is_heard = args.is_awaited;
+    if (!is_heard)
+        is_heard = __syncthreads_or(thread == 0 && load_acquire_system(&args.report->ticket) == 0);
+    PackedReport& report = is_heard ? *args.report : state.unheard;
     bool is_late = false;
     if (thread < args.num_ranks) {
         const uint64_t start = now_nanoseconds();
         Outcome outcome = Outcome::kMasked;
-        const uint64_t* sent = &args.control[args.rank]->sent[args.epoch % 2][thread];
-        if (!was_broken) outcome = wait_for_peer(args, sent, args.epoch, thread, start);
+        const uint64_t* sent = &args.control[args.rank]->sent[turn][thread];
+        if (!was_broken) outcome = wait_for_peer(args, sent, number, thread, start);
         if (outcome == Outcome::kCame && is_far(args, thread))
             outcome = wait_for_rows(args, thread, start);
         is_late = outcome == Outcome::kLate;
         if (is_late) lose(args, thread);
         is_there[thread] = outcome == Outcome::kCame;
         state.is_there[thread] = outcome == Outcome::kCame;
-        args.report->is_there[thread] = outcome == Outcome::kCame;
-        args.report->waited[thread] = thread == args.rank ? 0 : now_nanoseconds() - start;
-        args.report->other_routing[thread] = 0;
+        report.is_there[thread] = outcome == Outcome::kCame;
+        report.waited[thread] = thread == args.rank ? 0 : now_nanoseconds() - start;
+        report.other_routing[thread] = 0;
     }
     // From here on every thread sees every post of a rank that is there.
-    if (is_broken(args, is_late) || was_broken) {
-        if (thread == 0) state.status = kPackedTimedOut;
-        return;
-    }
-    const PackedPost* posts = args.control[args.rank]->posts[args.epoch % 2];
-    const bool is_agreed = __syncthreads_and(thread >= args.num_ranks || !is_there[thread] ||
-                                             agrees(posts[thread].head, posts[args.rank].head));
+    const bool is_over = is_broken(args, is_late) || was_broken;
+    const PackedPost* posts = args.control[args.rank]->posts[turn];
+    const bool is_agreed =
+        __syncthreads_and(!is_over && (thread >= args.num_ranks || !is_there[thread] ||
+                                       agrees(posts[thread].head, posts[args.rank].head)));
     const int words_per_head = sizeof(PackedHead) / 16;
 #pragma unroll 1
     for (int i = thread; i < args.num_ranks * words_per_head; i += kMeetThreads)
         if (is_there[i / words_per_head])
-            reinterpret_cast<uint4*>(args.report->heads)[i] =
+            reinterpret_cast<uint4*>(report.heads)[i] =
                 reinterpret_cast<const uint4*>(&posts[i / words_per_head].head)[i % words_per_head];
     bool is_same = true;
-    if (is_agreed && args.operation == kPackedDispatch) lay_out(args, posts, is_there);
+    if (args.operation == kPackedDispatch) lay_out(args, posts, is_there, is_agreed);
     if (is_agreed && args.operation == kPackedCombine) {
         is_same = look_up(args, posts, is_there, counts);
-        if (!is_same) args.report->other_routing[thread] = 1;
+        if (!is_same) report.other_routing[thread] = 1;
     }
     is_same = __syncthreads_and(is_same);
-    if (thread == 0)
-        state.status = !is_agreed ? kPackedDisagreed
-                       : is_same  ? kPackedAgreed
-                                  : kPackedOtherRouting;
+    if (thread != 0) return;
+    state.is_heard = is_heard;
+    report.operation = static_cast<uint32_t>(args.operation);
+    state.status = is_over      ? kPackedTimedOut
+                   : !is_agreed ? kPackedDisagreed
+                   : is_same    ? kPackedAgreed
+                                : kPackedOtherRouting;
 }
 
+/// Where no host waits, nobody launches the call again without those who have masked this rank: its
+/// rows are lost, which is a failure.
 extern "C" __global__ void __launch_bounds__(kMaskThreads)
     ep_packed_finish_kernel(const __grid_constant__ PackedArgs args) {
     const int peer = threadIdx.x;
     const bool is_rank = peer < args.num_ranks;
     PackedState& state = *args.state;
+    const uint64_t number = number_of(args), turn = number % 2;
+    PackedReport& report = args.is_alone || state.is_heard ? *args.report : state.unheard;
     const bool is_over = state.broken != 0;
     const PackedControl* own = args.control[args.rank];
     // What the kernels before have read of a rank that has masked this one may be another call's.
     bool is_stale = false;
     if (is_rank && !args.is_alone && !is_over && state.is_there[peer])
         is_stale = load_acquire_system(&own->masked_by[peer]) != 0;
-    const bool reads_again = __syncthreads_or(is_stale);
+    const bool is_any_stale = __syncthreads_or(is_stale);
+    const bool is_done = !is_over && !(is_any_stale && args.is_awaited);
     if (is_rank) {
-        args.report->masked[peer] = is_masked(args, peer);
-        args.report->late[peer] = state.late[peer];
-        if (!reads_again && !is_over && !is_far(args, peer))
-            store_release_system(&args.control[peer]->done[args.epoch % 2][args.rank],
-                                 uint64_t{args.epoch});
+        report.masked[peer] = is_masked(args, peer);
+        report.late[peer] = state.late[peer];
+        if (is_done && !is_far(args, peer))
+            store_release_system(&args.control[peer]->done[turn][args.rank], number);
     }
-    if (peer == 0 && !reads_again && !is_over) state.finished[args.epoch % 2] = args.epoch;
-    if (peer == 0)
-        args.report->status = is_over ? kPackedTimedOut : reads_again ? kPackedAgain : state.status;
+    const uint32_t status = is_over ? kPackedTimedOut : is_any_stale ? kPackedAgain : state.status;
+    if (peer == 0 && is_done) state.finished[turn] = number;
+    if (peer == 0) report.status = status;
     __syncthreads();  // all threads' part of the report before its ticket
-    if (peer == 0) store_release_system(&args.report->ticket, args.ticket);
+    if (peer == 0 && (args.is_awaited || status != kPackedAgreed))
+        store_release_system(&report.ticket, args.ticket);
 }
 
 /// Mask a rank or take it back; tell the host who is masked.

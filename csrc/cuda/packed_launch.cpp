@@ -25,6 +25,31 @@ void check_sizes(const char* operation, const PackedArgs& args) {
     require_aligned(operation, "the address of the result", args.out, 16);
 }
 
+/// Two places, of calls of even and of odd number, for a block per expert.
+void check_places(const char* operation,
+                  const char* what,
+                  const PackedArgs& args,
+                  uint64_t first,
+                  int64_t block_bytes) {
+    const auto begin = static_cast<int64_t>(first);
+    const auto place_bytes = static_cast<int64_t>(args.place_bytes);
+    require_multiple(operation, text("where ", what, " are").c_str(), begin, 16);
+    require_range(operation, text("the bytes of ", what).c_str(), args.num_experts * block_bytes, 0,
+                  place_bytes);
+    require_range(operation, text("where ", what, " end").c_str(), begin + 2 * place_bytes, 0,
+                  static_cast<int64_t>(args.window_bytes));
+}
+
+/// A part for each rank, with a block for each of its experts.
+void check_outbox(const char* operation, const PackedArgs& args, int64_t block_bytes) {
+    const auto part_bytes = static_cast<int64_t>(args.part_bytes);
+    check_places(operation, "outgoing rows", args, args.outbox, block_bytes);
+    require_multiple(operation, "a rank's part of outgoing rows", part_bytes, 16);
+    require_range(operation, "a rank's part of outgoing rows", part_bytes,
+                  args.num_experts / args.num_ranks * block_bytes,
+                  static_cast<int64_t>(args.place_bytes) / args.num_ranks);
+}
+
 /// Whether the rows of a dispatch are cast.
 bool check_slots(const char* operation, const PackedArgs& args) {
     const bool is_cast = args.scale_bytes != 0;
@@ -38,13 +63,8 @@ bool check_slots(const char* operation, const PackedArgs& args) {
                           static_cast<int64_t>(args.max_tokens) * args.slot_bytes;
     require(static_cast<int64_t>(args.block_bytes) == block, operation,
             "the bytes of a block of slots", text(block), args.block_bytes);
-    for (const auto& [what, at] :
-         {std::pair("slots", args.slots), std::pair("outgoing slots", args.outbox)}) {
-        const auto begin = static_cast<int64_t>(at);
-        require_multiple(operation, text("where ", what, " are").c_str(), begin, 16);
-        require_range(operation, text("where ", what, " end").c_str(),
-                      begin + args.num_experts * block, 0, static_cast<int64_t>(args.window_bytes));
-    }
+    check_places(operation, "slots", args, args.slots, block);
+    check_outbox(operation, args, block);
     if (!is_cast) return false;
     const bool is_packed = args.recipe.scale_format == kPackedScales;
     require(args.recipe.lanes_per_block == 128 / kCastColumns, operation, "the columns of a block",
@@ -63,14 +83,6 @@ void check_rows_inside(const char* operation, const PackedArgs& args) {
                   static_cast<int64_t>(args.window_bytes));
 }
 
-void check_inbox(const char* operation, const PackedArgs& args) {
-    const int64_t rows = static_cast<int64_t>(args.num_experts) * args.max_tokens;
-    require_multiple(operation, "where the inbox is", static_cast<int64_t>(args.inbox), 16);
-    require_range(operation, "where the inbox ends",
-                  static_cast<int64_t>(args.inbox) + rows * args.hidden * 2, 0,
-                  static_cast<int64_t>(args.window_bytes));
-}
-
 unsigned blocks_for(int64_t num_rows, int num_sms) {
     const int64_t wanted = (num_rows + kRowWarps - 1) / kRowWarps;
     return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, num_sms));
@@ -84,6 +96,12 @@ Launch plan_packed(PackedStep step, const PackedArgs& args, int num_sms) {
     require_range(operation, "the number of ranks", args.num_ranks, 1, kMaxRanks);
     require_range(operation, "rank", args.rank, 0, args.num_ranks - 1);
     require_range(operation, "the SMs", num_sms, 1, 1024);
+    const bool is_of_a_call =
+        step != PackedStep::kBegin && step != PackedStep::kMask && step != PackedStep::kTell;
+    require_range(operation, "where the call's number is", args.call, is_of_a_call ? 0 : -1,
+                  kCallsUnderWay - 1);
+    require_range(operation, "the place of rows", args.rows_place, -1, kRowsPlaces - 1);
+    require_multiple(operation, "the bytes of a place", static_cast<int64_t>(args.place_bytes), 16);
     require(step != PackedStep::kMask || args.mask_rank < args.num_ranks, operation,
             "the rank to mask", text("below ", args.num_ranks), args.mask_rank);
     const bool has_sizes = args.operation != kPackedNothing;
@@ -101,7 +119,10 @@ Launch plan_packed(PackedStep step, const PackedArgs& args, int num_sms) {
                                       : static_cast<int64_t>(args.num_experts) * args.max_tokens,
                           num_sms);
         if (step == PackedStep::kStage) check_rows_inside(operation, args);
-        if (step == PackedStep::kSum) check_inbox(operation, args);
+        const int64_t row_block = int64_t{2} * args.max_tokens * args.hidden;
+        if (step == PackedStep::kStage) check_outbox(operation, args, row_block);
+        if (step == PackedStep::kSum)
+            check_places(operation, "incoming rows", args, args.inbox, row_block);
         if ((step == PackedStep::kPush || step == PackedStep::kTake) &&
             check_slots(operation, args) && step == PackedStep::kPush)
             kernel = "ep_packed_push_cast_kernel";
@@ -110,7 +131,9 @@ Launch plan_packed(PackedStep step, const PackedArgs& args, int num_sms) {
         if (args.operation == kPackedDispatch) check_slots(operation, args);
         if (args.operation == kPackedCombine) {
             check_rows_inside(operation, args);
-            check_inbox(operation, args);
+            const int64_t row_block = int64_t{2} * args.max_tokens * args.hidden;
+            check_outbox(operation, args, row_block);
+            check_places(operation, "incoming rows", args, args.inbox, row_block);
         }
         block = kRowWarps * kWarpSize;
         grid = blocks_for(args.num_experts + args.num_ranks, num_sms);

@@ -2,8 +2,9 @@
 // What ranks tell each other in low-latency calls on GPUs. Read by host and device.
 //
 // The protocol is that of csrc/cpu/packed_meeting.h, with rows pushed instead of pulled in
-// dispatch. Calls of a group are numbered 1, 2, 3 ... In its *sending half* a rank writes rows into
-// the fixed slots that it has at every peer, then its post, and raises `sent` there; it waits for
+// dispatch. Calls of a group are numbered 1, 2, 3 ... by their kernels, not by the host: so the
+// same launches can be made again, by a graph. In its *sending half* a rank writes rows into the
+// fixed slots that it has at every peer, then its post, and raises `sent` there; it waits for
 // nobody who takes part in the same call. In its *receiving half* it waits for its peers' `sent`,
 // takes what is in its slots (dispatch) or reads rows where the peers have them (combine), and
 // raises `done`. Slots and posts have two places, taken in turn: a rank writes those of call n only
@@ -31,6 +32,10 @@ namespace ep::cuda {
 constexpr int kNumPackedFields = 8;
 constexpr int kMeetThreads = 1024;  // one per expert: one block of post and meet
 constexpr int kMaskThreads = 96;    // one per rank: one block of begin, finish and mask
+// Calls that may be under way at once, each with a place for its number: two that the host makes,
+// and two of a graph.
+constexpr int kCallsUnderWay = 4;
+constexpr int kRowsPlaces = 2;  // for rows of combines
 
 /// Why a rank may not go on with a low-latency call.
 enum PackedKind : uint32_t {
@@ -44,8 +49,7 @@ enum PackedKind : uint32_t {
 /// One rank's word on one call, to one peer.
 struct alignas(16) PackedHead {
     int64_t call[kNumPackedFields];
-    uint32_t kind;  // PackedKind
-    uint32_t epoch;
+    uint32_t kind;         // PackedKind
     uint32_t operation;    // PackedOperation
     uint32_t num_numbers;  // the sender's experts per rank; 0 if it sends no rows
     int64_t error_value;
@@ -87,30 +91,38 @@ enum PackedStatus : uint32_t {
     kPackedAgain,  // a rank has masked this one: its rows must not be used
 };
 
-/// This rank's own device memory, written by its kernels one after the other.
-struct alignas(16) PackedState {
-    uint32_t masked[kMaxRanks];
-    uint32_t told[kMaxRanks];  // of far ranks: what they have last been told of `masked`
-    uint32_t late[kMaxRanks];  // who did not come, where that is an error
-    uint32_t finished[2];      // the last calls of which far ranks may know that they are done
-    uint32_t broken;           // whether ranks were late, where that is an error: for good
-    uint32_t status;           // PackedStatus of the receiving half that meet has begun
-    uint32_t is_there[kMaxRanks];
-    uint64_t rows[kMaxRanks];     // combine: as the posts say
-    int32_t begins[kMaxExperts];  // dispatch: [L, R] first row of a block; combine: [E], or -1
-    int32_t counts[kMaxExperts];  // dispatch: [L, R] rows
-};
-
-/// Mapped host memory: what a receiving half, or a mask, tells the host.
+/// Mapped host memory: what a receiving half, or a mask, tells the host. Where no host waits there
+/// is another, of the first call that failed: its ticket is 0 until then, and again when the host
+/// has read it.
 struct alignas(16) PackedReport {
-    uint32_t ticket;  // written last (release, system scope): the rest is of this launch
-    uint32_t status;  // PackedStatus
+    uint32_t ticket;     // written last (release, system scope): the rest is of this launch
+    uint32_t status;     // PackedStatus
+    uint32_t operation;  // PackedOperation of the receiving half
     uint32_t is_there[kMaxRanks];
     uint32_t late[kMaxRanks];
     uint32_t masked[kMaxRanks];
     uint32_t other_routing[kMaxRanks];
     uint64_t waited[kMaxRanks];  // nanoseconds
     PackedHead heads[kMaxRanks];
+};
+
+/// This rank's own device memory, written by its kernels one after the other.
+struct alignas(16) PackedState {
+    uint64_t num_calls;              // that begin has counted
+    uint64_t calls[kCallsUnderWay];  // their numbers; see PackedArgs::call
+    uint64_t readers[kRowsPlaces];   // the last call whose rows were in each place
+    uint64_t finished[2];  // the last calls of which far ranks may know that they are done
+    uint32_t masked[kMaxRanks];
+    uint32_t told[kMaxRanks];  // of far ranks: what they have last been told of `masked`
+    uint32_t late[kMaxRanks];  // who did not come, where that is an error
+    uint32_t broken;           // whether ranks were late, where that is an error: for good
+    uint32_t status;           // PackedStatus of the receiving half that meet has begun
+    uint32_t is_heard;         // whether that reports to the host, or to `unheard`
+    uint32_t is_there[kMaxRanks];
+    uint64_t rows[kMaxRanks];     // combine: as the posts say
+    int32_t begins[kMaxExperts];  // dispatch: [L, R] first row of a block; combine: [E], or -1
+    int32_t counts[kMaxExperts];  // dispatch: [L, R] rows
+    PackedReport unheard;  // of a call without a waiting host while an earlier failure is kept
 };
 
 /// Arguments of all low-latency kernels. T tokens, K slots, E experts, R ranks, L = E/R, C the most
@@ -122,14 +134,19 @@ struct PackedArgs {
     PackedReport* report;
     uint64_t timeout_ns;
     uint64_t window_bytes;
-    uint64_t slots;        // of this call in every window: [L, R] blocks
-    uint64_t outbox;       // likewise: [E] blocks, of which those of far ranks' experts are used
-    uint64_t inbox;        // likewise, combine: bfloat16 [E, C, H], rows of far ranks' experts
+    // In every window, for calls of even number; those of odd number are `place_bytes` further.
+    uint64_t slots;   // [L, R] blocks
+    uint64_t outbox;  // [R] parts of one size, of which those of far ranks are used: [L] blocks
+    uint64_t inbox;   // combine: bfloat16 [E, C, H], rows of far ranks' experts
+    uint64_t place_bytes;
+    uint64_t part_bytes;   // of the outbox, for each rank
     uint64_t block_bytes;  // of C slots and their tags; see block_at in packed_slots.cuh
     int32_t rank;
     int32_t num_ranks;
-    uint32_t epoch;
+    int32_t call;        // where `PackedState::calls` has its number; -1: the launch is of no call
+    int32_t rows_place;  // begin: which place the rows of a combine are to be in, or -1
     uint32_t ticket;
+    int32_t is_awaited;  // by the host; else there is a report of a failure alone
     int32_t masks_late;  // whether a late rank is masked; else it is an error
     int32_t operation;   // PackedOperation
     int32_t num_experts;

@@ -56,6 +56,22 @@ __device__ __forceinline__ bool is_far(const PackedArgs& args, int rank) {
     return args.control[rank] == nullptr;
 }
 
+/// The number of the call, as begin has counted it.
+__device__ __forceinline__ uint64_t number_of(const PackedArgs& args) {
+    return args.state->calls[args.call];
+}
+
+/// Where in a window the call's own of two places is; `first` is that of even calls.
+__device__ __forceinline__ uint64_t place_at(const PackedArgs& args, uint64_t first) {
+    return first + number_of(args) % 2 * args.place_bytes;
+}
+
+/// What leaves for a far rank in this call is laid here, and nothing else ever is: it stays as it
+/// was where that rank is masked, and a card may still be reading.
+__device__ __forceinline__ char* outbox_of(const PackedArgs& args, int rank) {
+    return args.window[args.rank] + place_at(args, args.outbox) + rank * args.part_bytes;
+}
+
 /// Slot 0 of a block. Before it are the tags, the tokens' indices at their source, the i-th at
 /// `tag_of`: so the first n slots and their tags are one piece of memory, for every n.
 __device__ __forceinline__ char* block_at(const PackedArgs& args, char* blocks, int64_t number) {
@@ -76,16 +92,16 @@ __device__ __forceinline__ int64_t first_slot(const PackedArgs& args, int local,
 /// (local expert, rank) pair with `count(pair)` rows.
 template <class Count, class Row>
 __device__ __forceinline__ void for_rows(const PackedArgs& args, Count count, Row row) {
-    const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-    int64_t before = 0;  // rows of the blocks before, modulo the warps
+    const int num_warps = static_cast<int>(gridDim.x) * kRowWarps;
+    const int warp = static_cast<int>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+    int before = 0;  // rows of the blocks before, modulo the warps
 #pragma unroll 1
     for (int pair = 0; pair < args.num_experts; ++pair) {
         const int rows = count(pair);
-        int64_t first = warp - before;
+        int first = warp - before;
         if (first < 0) first += num_warps;
 #pragma unroll 1
-        for (int64_t i = first; i < rows; i += num_warps) row(pair, static_cast<int>(i));
+        for (int i = first; i < rows; i += num_warps) row(pair, i);
         before = (before + rows) % num_warps;
     }
 }

@@ -3,8 +3,9 @@
 //
 // A warp per (far rank, expert) puts its rows in one piece, a warp per far rank its post. Each put
 // has a signal of its own, and the receiver waits for all that the post announces, so nothing is
-// relied on but that a signal follows the data of its own put. A masked rank gets nothing: what was
-// on its way there before stays as it was, since nobody else's rows are laid into its places.
+// relied on but that a signal follows the data of its own put. A masked rank gets nothing; what was
+// on its way there before stays as it was, since nobody else's rows are laid into its places: a
+// wait for the network could be one for a machine that is gone.
 #include "cuda/packed_protocol.h"
 #include "cuda/packed_slots.cuh"
 #include "nvshmem/network.cuh"
@@ -18,40 +19,40 @@ __device__ __forceinline__ void send_rows(const PackedArgs& args, int number) {
     const int experts_per_rank = args.num_experts / args.num_ranks;
     const int peer = number / experts_per_rank, local = number % experts_per_rank;
     if (!is_far(args, peer) || args.state->masked[peer] != 0) return;
-    uint64_t* signals = args.control[args.rank]->rows[args.epoch % 2];
-    char* window = args.window[args.rank];
+    const uint64_t call = number_of(args);
+    uint64_t* signals = args.control[args.rank]->rows[call % 2];
+    char *window = args.window[args.rank], *outbox = outbox_of(args, peer);
     char *source, *target;
     int64_t num_bytes;
     if (args.operation == kPackedDispatch) {
         const int count = min(count_of(args, number), args.max_tokens);
         const int pair = local * args.num_ranks + args.rank;
         const int64_t tag_bytes = (static_cast<int64_t>(count) * 4 + 15) / 16 * 16;
-        source = block_at(args, window + args.outbox, number) - tag_bytes;
-        target = block_at(args, window + args.slots, pair) - tag_bytes;
+        source = block_at(args, outbox, local) - tag_bytes;
+        target = block_at(args, window + place_at(args, args.slots), pair) - tag_bytes;
         num_bytes = count == 0 ? 0 : tag_bytes + static_cast<int64_t>(count) * args.slot_bytes;
         signals += pair;
     } else {
-        const int64_t capacity = static_cast<int64_t>(args.num_ranks) * args.max_tokens;
         const int64_t range = args.layout_range[local * args.num_ranks + peer];
-        const int64_t row_bytes = args.hidden * 2;
+        const int64_t row_bytes = args.hidden * 2, block_bytes = args.max_tokens * row_bytes;
         const int64_t expert = args.rank * experts_per_rank + local;
-        source = window + args.head.rows + (local * capacity + (range >> 32)) * row_bytes;
-        target = window + args.inbox + expert * args.max_tokens * row_bytes;
+        source = outbox + local * block_bytes;
+        target = window + place_at(args, args.inbox) + expert * block_bytes;
         num_bytes = is_inside(args, range) ? (range & 0xffffffff) * row_bytes : 0;  // post says so
         signals += expert;
     }
-    if (num_bytes != 0) ep_put_signal(target, source, num_bytes, signals, args.epoch, peer);
+    if (num_bytes != 0) ep_put_signal(target, source, num_bytes, signals, call, peer);
 }
 
 __device__ __forceinline__ void send_post(const PackedArgs& args, int peer) {
     if (!is_far(args, peer) || args.state->masked[peer] != 0) return;
     PackedControl& control = *args.control[args.rank];
-    const uint32_t parity = args.epoch % 2;
+    const uint64_t number = number_of(args), parity = number % 2;
     const int experts_per_rank = args.num_experts / args.num_ranks;
     const uint64_t num_bytes = sizeof(PackedHead) + (experts_per_rank * 8 + 15) / 16 * 16;
     ep_put_signal(reinterpret_cast<char*>(&control.posts[parity][args.rank]),
                   reinterpret_cast<const char*>(&control.outgoing[parity][peer]), num_bytes,
-                  &control.sent[parity][args.rank], args.epoch, peer);
+                  &control.sent[parity][args.rank], number, peer);
 }
 
 }  // namespace
@@ -89,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(kMaskThreads)
     if (masked != 0) return;
 #pragma unroll 1
     for (uint32_t parity = 0; parity < 2; ++parity) {
-        const uint32_t finished = state.finished[parity];
-        if (is_news || finished == args.epoch)
+        const uint64_t finished = state.finished[parity];
+        if (is_news || (args.call >= 0 && finished == number_of(args)))
             ep_signal(&control.done[parity][args.rank], finished, peer);
     }
 }

@@ -103,6 +103,9 @@ class Device(Protocol):
     def is_capturing(self) -> bool:
         """Return whether launches go into a graph now, to be made later, again and again."""
 
+    def graph_id(self) -> int:
+        """Return a number of the graph that launches go into now; 0 for none."""
+
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         """Wait until the first word of `memory` reaches `epoch`; False after `timeout` seconds.
 

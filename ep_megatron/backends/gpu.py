@@ -121,6 +121,11 @@ class GpuDevice:
         """See `Device.is_capturing`."""
         return torch.cuda.is_current_stream_capturing()
 
+    def graph_id(self) -> int:
+        """See `Device.graph_id`."""
+        caller: Any = torch.cuda.current_stream(self._device)
+        return self._cuda.graph_id(caller.cuda_stream)
+
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         """See `Device.wait_for_word`."""
         assert isinstance(memory, GpuHostMemory)

@@ -6,7 +6,7 @@ H hidden, T tokens here, K top-k. Source: layouts and names of DeepEP's low-late
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -198,6 +198,20 @@ class LowLatencyBackend(Protocol):
 
     def close(self) -> None:
         """Free what it holds. Local."""
+
+
+@runtime_checkable
+class ReplayedBackend(Protocol):
+    """A `LowLatencyBackend` whose calls CUDA graphs can make again."""
+
+    def is_capturing(self) -> bool:
+        """Return whether calls go into a graph now: no host waits for them. Local."""
+
+    def check_replays(self) -> None:
+        """Wait for replays and calls before; raise, once, what the first that failed failed in.
+
+        Local. A call outside of a graph raises it, too, once all ranks have made that call.
+        """
 
 
 def check_low_latency_agreement(name: str, reports: dict[int, PeerReport], num_ranks: int) -> None:

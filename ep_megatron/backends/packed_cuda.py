@@ -1,48 +1,43 @@
 """Low-latency calls between GPUs: by each other's memory, or by a network that kernels put into.
 
-Every rank has one window, of a size that is fixed when the Buffer is made. The kernels are in
-csrc/cuda/low_latency.cu and low_latency_flags.cu, and for ranks that are out of reach in
-csrc/nvshmem/send.cu; who writes and reads what in csrc/cuda/packed_protocol.h. R ranks, E experts,
+Every rank has one window, of a size that is fixed when the Buffer is made. R ranks, E experts,
 C the most tokens of a rank, H hidden.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
-from ep_megatron.backends.device import Device, Memory, check_not_capturing
-from ep_megatron.backends.device_rows import recipe_of
-from ep_megatron.backends.meeting import Meeting
+from ep_megatron.backends.device import Device, check_not_capturing
+from ep_megatron.backends.meeting import Meeting, check_working
 from ep_megatron.backends.network import Network
 from ep_megatron.backends.packed import (
     COMBINE,
-    DISPATCH,
     LOW_LATENCY_OPERATIONS,
     LowLatencyCall,
     LowLatencyHandle,
     Packed,
     Waits,
-    too_many_pending,
 )
-from ep_megatron.backends.packed_report import raise_disagreement
-from ep_megatron.backends.packed_window import Place, SlotBytes, Window
-from ep_megatron.backends.reach import Reach
+from ep_megatron.backends.packed_kernels import PackedKernels
+from ep_megatron.backends.packed_order import CallOrder, Turn
+from ep_megatron.backends.packed_report import did_not_come, raise_disagreement, raise_failure
+from ep_megatron.backends.packed_window import Place
 from ep_megatron.config import BufferConfig
 
-_HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadlines that the kernels keep
-_EPOCH_MASK = 0xFFFFFFFF
+_OUTSIDE = "make this call before the capture, or between replays"
 
 
 class PackedCuda:
-    """See `LowLatencyBackend`. Collective constructor.
+    """See `LowLatencyBackend`, and `ReplayedBackend`. Collective constructor.
 
     A receiving half waits on the host for one word of its GPU, to raise what ranks disagree in. A
     sending half waits for nothing; values of `topk_idx` that cannot be are found by a kernel, and
-    raise from the receiving half, on every rank.
+    raise from the receiving half, on every rank. While a CUDA graph is captured no host waits: what
+    replays fail in is kept for `check_replays`.
 
     Args:
         meeting: the ranks; used by the constructor alone.
@@ -68,68 +63,71 @@ class PackedCuda:
     ) -> None:
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         self.device_type = device.device_type
-        self._device, self._timeout, self._masks_late = device, config.timeout, enable_shrink
-        self._num_sms = min(config.num_sms, device.num_sms)
+        self._device = device
         sizes = meeting.gather_text("Buffer", str(window_bytes))
         if len(set(sizes)) > 1:
             raise RuntimeError(
                 "Buffer: expected num_rdma_bytes to be the same on all ranks, got "
                 + ", ".join(f"{size} on rank {rank}" for rank, size in enumerate(sizes))
             )
-        self._reach = Reach(device, far)
-        self._window = Window(window_bytes, is_far=far is not None)
-        self._controls = self._reach.share(meeting, _cuda.PACKED_CONTROL_BYTES)
-        self._windows = self._reach.share(meeting, max(self._window.num_bytes, 1))
-        self._state = device.allocate(_cuda.PACKED_STATE_BYTES)
-        self._report = device.allocate_host(_cuda.PACKED_REPORT_BYTES)
-        self._epoch, self._ticket, self._broken = 0, 0, ""
-        self._pending: dict[int, tuple[Any, ...]] = {}  # what keeps a call's inputs
+        self._kernels = PackedKernels(
+            meeting, device, config, window_bytes, enable_shrink=enable_shrink, far=far
+        )
+        self._window = self._kernels.window
+        self._order = CallOrder(device.graph_id)
+        self._broken = ""
+        # Places that combines are given. Never freed while the window lives.
+        num_bytes = self._window.place_bytes
+        self._buffers = [
+            device.views(self._kernels.rows_at(place), num_bytes, lambda: None)
+            for place in self._window.places
+        ]
 
     # -- sending halves ---------------------------------------------------------------------------
 
     def send_dispatch(self, call: LowLatencyCall, x: Tensor, topk_idx: Tensor) -> int:
         """See `LowLatencyBackend.send_dispatch`. Bad values raise from `receive_dispatch`."""
-        epoch = self._begin(call.name)
-        self._check_limits(epoch, call, topk_idx)
+        turn = self._begin(call.name)
+        self._check_limits(turn, call, topk_idx)
         rows, slots = self._device.input(x), self._device.input(topk_idx)
         with self._device.on_stream():
-            args = self._args(epoch, call, slots)
+            args = self._kernels.args(turn, call, slots)
             args.x = rows.address
-            for step in (_cuda.PackedStep.begin, _cuda.PackedStep.push):
-                self._launch(step, args)
-            self._post(args)
-        self._pending[epoch] = (rows, slots)
-        return epoch
+            self._kernels.begin(args)
+            self._kernels.launch(_cuda.PackedStep.push, args)
+            self._kernels.post(args)
+        self._order.keep(turn, (rows, slots))
+        return turn.number
 
     def send_combine(
         self, call: LowLatencyCall, x: Tensor, topk_idx: Tensor, handle: LowLatencyHandle
     ) -> int:
         """See `LowLatencyBackend.send_combine`."""
-        epoch = self._begin(call.name)
-        self._check_limits(epoch, call, topk_idx)
+        turn = self._begin(call.name)
+        self._check_limits(turn, call, topk_idx)
         slots = self._device.input(topk_idx)
         layout = self._device.input(handle.packed_recv_layout_range)
         place, rows = self._window.taken_place(x.data_ptr()), None
         if place is not None:
             self._device.arena_address(x)
         else:
-            rows, place = self._device.input(x), self._free_place(epoch, call.name)
+            rows, place = self._device.input(x), self._free_place(turn, call.name)
         with self._device.on_stream():
-            args = self._args(epoch, call, slots, rows_at=place.offset)
+            args = self._kernels.args(turn, call, slots, rows_at=place.offset)
             args.layout_range = layout.address
-            self._launch(_cuda.PackedStep.begin, args)
-            if rows is not None:
-                self._wait_for_readers(place, epoch)
-                args.x = rows.address
-                self._launch(_cuda.PackedStep.stage, args)
-            self._post(args)
-        place.last_call = epoch
-        self._pending[epoch] = (slots, layout, rows)
-        return epoch
+            self._kernels.begin(args, place)
+            if rows is not None or self._kernels.has_far_ranks:
+                args.x = self._kernels.rows_at(place) if rows is None else rows.address
+                self._kernels.launch(_cuda.PackedStep.stage, args)
+            self._kernels.post(args)
+        place.last_call = turn.number
+        self._order.keep(turn, (slots, layout, rows))
+        return turn.number
 
     def fail(self, operation: str, error: str) -> None:
-        """See `LowLatencyBackend.fail`."""
-        self._refuse(self._begin(operation), operation, error)
+        """See `LowLatencyBackend.fail`. Others do not hear of what happens in a capture."""
+        if not self.is_capturing():
+            self._refuse(self._begin(operation), operation, error)
 
     # -- receiving halves -------------------------------------------------------------------------
 
@@ -139,7 +137,8 @@ class PackedCuda:
         tensors = packed.x, packed.count, packed.src_info, packed.layout_range, scales
         outs = [None if t is None else self._device.output(t.dtype, t.shape, t) for t in tensors]
         x, count, src_info, layout, out_scales = outs
-        args = self._args(number, call, None)
+        turn = self._order.receive(call.name, number)
+        args = self._kernels.args(turn, call, None)
         for name, out in (
             ("out", x),
             ("out_count", count),
@@ -148,7 +147,7 @@ class PackedCuda:
             ("out_scales", out_scales),
         ):
             setattr(args, name, 0 if out is None else out.address)
-        self._receive(number, call, args, _cuda.PackedStep.take, packed.waited)
+        self._receive(turn, call, args, _cuda.PackedStep.take, packed.waited)
         for out in outs:
             if out is not None:
                 self._device.tensor(out)
@@ -163,25 +162,40 @@ class PackedCuda:
         waits: Waits,
     ) -> None:
         """See `LowLatencyBackend.receive_combine`."""
+        turn = self._order.receive(call.name, number)
         weights, slots = self._device.input(topk_weights), self._device.input(topk_idx)
         aligned = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         summed = self._device.output(out.dtype, out.shape, aligned)
-        args = self._args(number, call, slots)
+        args = self._kernels.args(turn, call, slots)
         args.weights, args.out = weights.address, summed.address
-        self._receive(number, call, args, _cuda.PackedStep.sum, waits.waited)
+        self._receive(turn, call, args, _cuda.PackedStep.sum, waits.waited)
         self._device.tensor(summed)
         if aligned is not out:
             out.copy_(aligned)
 
     def clean(self, call: LowLatencyCall) -> None:
         """See `LowLatencyBackend.clean`."""
-        epoch = self._begin(call.name)
-        args = self._args(epoch, call, None)
+        check_not_capturing(self._device, call.name, _OUTSIDE)
+        turn = self._begin(call.name)
+        args = self._kernels.args(turn, call, None)
         with self._device.on_stream():
-            self._launch(_cuda.PackedStep.begin, args)
-            self._post(args)
+            self._kernels.begin(args)
+            self._kernels.post(args)
         waited = torch.zeros(self.num_ranks, dtype=torch.int64)
-        self._receive(epoch, call, args, None, waited)
+        self._receive(turn, call, args, None, waited)
+
+    # -- graphs -----------------------------------------------------------------------------------
+
+    def is_capturing(self) -> bool:
+        """See `ReplayedBackend.is_capturing`."""
+        return self._device.is_capturing()
+
+    def check_replays(self) -> None:
+        """See `ReplayedBackend.check_replays`."""
+        name = "low_latency_check"
+        check_working(name, self._broken)
+        self._ask_masks(name)  # behind what the stream has before
+        self._raise_failure()
 
     # -- buffers and masks ------------------------------------------------------------------------
 
@@ -190,37 +204,44 @@ class PackedCuda:
         name = "get_next_low_latency_combine_buffer"
         rows = self.num_ranks * handle.num_max_dispatch_tokens_per_rank
         shape = (handle.num_experts // self.num_ranks, rows, handle.hidden)
-        buffer = self._window.next_buffer(shape)
+        graph = self._device.graph_id()
+        buffer = self._window.next_buffer(shape, graph)
         if buffer is not None:
             return buffer
         if refusal := self._window.refusal(LowLatencyCall(COMBINE, *handle[2:])):
             raise ValueError(f"{name}: {refusal}")
-        place = self._window.free_place(self._pending, for_caller=True)
+        place = self._window.free_place(self._order.under_way, for_caller=True)
         if place is None:
             raise ValueError(
                 f"{name}: expected the hook of the combine before last to have run, got one "
                 "whose rows may still be read"
             )
         with self._device.on_stream():
-            self._wait_for_readers(place, self._epoch)
-        address, num_bytes = self._windows[self.rank] + place.offset, 2 * math.prod(shape)
-        memory = self._device.views(address, num_bytes, lambda: None)
+            self._kernels.begin(self._kernels.bare_args(None, 0), place)
+        memory = self._buffers[place.index][: 2 * math.prod(shape)]
         buffer = memory.view(torch.bfloat16).view(shape)
-        self._window.set_next_buffer(place, buffer)
+        self._window.set_next_buffer(place, buffer, graph)
         return buffer
 
     def take_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
         """See `LowLatencyBackend.take_combine_buffer`."""
+        graph = self._device.graph_id()
+        if self._window.next_graph(graph) != graph:
+            raise ValueError(
+                "low_latency_combine: expected its buffer to be asked for where the combine is "
+                "made, got one that a CUDA graph waits for and the combine is elsewhere, or the "
+                "other way round; call get_next_low_latency_combine_buffer in the same capture"
+            )
         self.combine_buffer(handle)
         return self._window.take_next_buffer()
 
     def mask(self, rank: int, is_masked: bool) -> None:
         """See `LowLatencyBackend.mask`."""
-        self._mask(rank, is_masked)
+        self._ask_masks("low_latency_update_mask_buffer", rank, is_masked)
 
     def masks(self) -> list[int]:
         """See `LowLatencyBackend.masks`."""
-        return self._mask(-1, False)
+        return self._ask_masks("low_latency_query_mask_buffer")
 
     def limit_threads(self, num_threads: int) -> None:
         """See `LowLatencyBackend.limit_threads`. No thread of the host moves rows."""
@@ -235,64 +256,11 @@ class PackedCuda:
 
     # -- all calls --------------------------------------------------------------------------------
 
-    def _begin(self, name: str) -> int:
-        if self._broken:
-            raise RuntimeError(
-                f"{name}: expected a working Buffer, got one that broke down "
-                f"({self._broken}); make a new Buffer"
-            )
-        check_not_capturing(self._device, name, "low-latency calls are not for graphs")
-        if self._epoch - 1 in self._pending:
-            raise too_many_pending(name)
-        self._epoch += 1
-        return self._epoch
+    def _begin(self, name: str) -> Turn:
+        check_working(name, self._broken)
+        return self._order.begin(name)
 
-    def _args(
-        self, epoch: int, call: LowLatencyCall, slots: Memory | None, *, rows_at: int = 0
-    ) -> _cuda.PackedArgs:
-        """Describe a half: what all of its kernels need, and where the slots of its call are."""
-        args = self._bare_args(epoch, call.operation)
-        args.set_head(call=list(call), error="", rows=rows_at)
-        args.num_experts, args.hidden = call.num_experts, call.hidden
-        args.max_tokens, args.num_topk = call.num_max_dispatch_tokens_per_rank, 1
-        args.inbox = self._window.inbox_at(epoch)
-        if slots is not None:
-            args.topk_idx, args.is_int64 = slots.address, slots.dtype == torch.int64
-            args.num_tokens, args.num_topk = slots.shape
-        if call.operation == DISPATCH:
-            size = SlotBytes.of(call)
-            args.x_bytes, args.scale_bytes, args.slot_bytes = size.x, size.scales, size.slot
-            args.slots, args.block_bytes = self._window.slots_at(epoch), size.block
-            args.outbox = self._window.outbox_at(epoch)
-            if call.recipe is not None:
-                args.recipe = recipe_of(call.recipe)
-        return args
-
-    def _bare_args(self, epoch: int, operation: int) -> _cuda.PackedArgs:
-        return _cuda.PackedArgs(
-            control=self._controls,
-            window=self._windows,
-            state=self._state,
-            report=self._report.device_address,
-            timeout_ns=int(self._timeout * 1e9),
-            window_bytes=self._window.num_bytes,
-            rank=self.rank,
-            num_ranks=self.num_ranks,
-            epoch=epoch & _EPOCH_MASK,  # kernels compare numbers by their difference
-            masks_late=self._masks_late,
-            operation=operation,
-            mask_rank=-1,
-        )
-
-    def _launch(self, step: _cuda.PackedStep, args: _cuda.PackedArgs) -> None:
-        self._device.launch(_cuda.plan_packed(step, args, self._num_sms))
-
-    def _post(self, args: _cuda.PackedArgs) -> None:
-        """Tell all ranks what was sent; what goes to those out of reach is sent here."""
-        self._launch(_cuda.PackedStep.post, args)
-        self._reach.launch_far(_cuda.plan_packed(_cuda.PackedStep.send, args, self._num_sms))
-
-    def _check_limits(self, epoch: int, call: LowLatencyCall, topk_idx: Tensor) -> None:
+    def _check_limits(self, turn: Turn, call: LowLatencyCall, topk_idx: Tensor) -> None:
         """Raise on every rank if this one's call exceeds its window or the kernels' limits."""
         limits = {
             "hidden": (call.hidden, _cuda.MAX_HIDDEN),
@@ -306,95 +274,87 @@ class PackedCuda:
         ]
         errors += filter(None, [self._window.refusal(call)])
         if errors:
-            self._refuse(epoch, call.name, errors[0])
+            self._refuse(turn, call.name, errors[0])
             raise ValueError(f"{call.name}: {errors[0]}")
 
-    def _refuse(self, epoch: int, operation: str, error: str) -> None:
+    def _refuse(self, turn: Turn, operation: str, error: str) -> None:
         """Tell the others why this rank does not take part in a call that it has begun."""
-        args = self._bare_args(epoch, LOW_LATENCY_OPERATIONS.index(operation))
+        if turn.graph:
+            return
+        kernels = self._kernels
+        args = kernels.bare_args(turn, LOW_LATENCY_OPERATIONS.index(operation))
         args.set_head(call=[], error=error, rows=0)
         args.is_alone, args.operation = 1, len(LOW_LATENCY_OPERATIONS) - 1
         with self._device.on_stream():
-            self._launch(_cuda.PackedStep.begin, args)
-            self._post(args)
-            self._finish(operation, args)
+            kernels.begin(args)
+            kernels.post(args)
+            self._ask(operation, args, _cuda.PackedStep.finish)
 
     def _receive(
         self,
-        number: int,
+        turn: Turn,
         call: LowLatencyCall,
         args: _cuda.PackedArgs,
         step: _cuda.PackedStep | None,
         waited: Tensor,
     ) -> None:
         """Meet, move rows by `step`, and raise what the ranks disagree in."""
-        self._pending.pop(number, None)
+        if turn.graph:
+            with self._device.on_stream():
+                self._kernels.receive(args, step)
+                self._kernels.tell(args, _cuda.PackedStep.finish)
+            return
         status = _cuda.PACKED_AGAIN
         while status == _cuda.PACKED_AGAIN:  # without those who have masked this rank
             with self._device.on_stream():
-                self._launch(_cuda.PackedStep.meet, args)
-                if step is not None:
-                    self._launch(step, args)
-                status, words = self._finish(call.name, args)
+                self._kernels.receive(args, step)
+                status, words = self._ask(call.name, args, _cuda.PackedStep.finish)
             waited += torch.tensor([word.waited for word in words])
         if status == _cuda.PACKED_TIMED_OUT:
-            late = ", ".join(str(rank) for rank, word in enumerate(words) if word.is_late)
-            self._broken = f"rank {late} did not come"
-            raise RuntimeError(
-                f"{call.name}: rank {self.rank} expected all {self.num_ranks} ranks within "
-                f"{self._timeout:g} s in low-latency call {number}, got no answer from rank "
-                f"{late}; make a new Buffer once all ranks are back"
-            )
+            self._broken = f"ranks did not come to low-latency call {turn.number}"
+            raise did_not_come(call.name, words, self.rank, self._kernels.timeout)
         raise_disagreement(call.name, status, words)
+        self._raise_failure()  # of replays before; the ranks stay in step, for all made this call
 
-    def _finish(
-        self, operation: str, args: _cuda.PackedArgs
-    ) -> tuple[int, Sequence[_cuda.PackedWord]]:
-        return self._ask(operation, args, _cuda.PackedStep.finish)
+    def _raise_failure(self) -> None:
+        """Raise, once, what the first replayed call that failed since the last look failed in."""
+        failure = self._kernels.failure
+        if not int.from_bytes(failure.read()[:4], "little"):
+            return
+        operation, status, words = _cuda.read_packed_report(failure.read(), self.num_ranks)
+        failure.write(bytes(4))
+        if status == _cuda.PACKED_TIMED_OUT:
+            self._broken = self._broken or "ranks did not come to a replayed call"
+        name = LOW_LATENCY_OPERATIONS[operation]
+        raise_failure(name, status, words, self.rank, self._kernels.timeout)
 
     def _ask(
         self, operation: str, args: _cuda.PackedArgs, step: _cuda.PackedStep
     ) -> tuple[int, Sequence[_cuda.PackedWord]]:
         """Launch a kernel that reports, and wait for its word."""
-        self._ticket = args.ticket = self._ticket + 1 & _EPOCH_MASK
-        self._launch(step, args)
-        self._reach.launch_far(_cuda.plan_packed(_cuda.PackedStep.tell, args, self._num_sms))
-        patience = 3 * self._timeout + _HOST_GRACE  # begin and meet may wait before
         try:
-            is_there = self._device.wait_for_word(self._report, self._ticket, patience)
+            return self._kernels.ask(operation, args, step)
         except BaseException as exception:
             self._broken = f"{operation} ended by {str(exception) or type(exception).__name__}"
             raise
-        if not is_there:
-            self._broken = "its own GPU did not answer"
-            raise RuntimeError(
-                f"{operation}: rank {self.rank} expected its own GPU to answer within "
-                f"{patience:g} s, got nothing; does another kernel block ours? Make a new Buffer"
-            )
-        return _cuda.read_packed_report(self._report.read(), self.num_ranks)
 
-    def _mask(self, rank: int, is_masked: bool) -> list[int]:
-        args = self._bare_args(self._epoch, 0)
+    def _ask_masks(self, operation: str, rank: int = -1, is_masked: bool = False) -> list[int]:
+        """Mask a rank or none; return who is masked."""
+        check_not_capturing(self._device, operation, _OUTSIDE)
+        args = self._kernels.bare_args(None, 0)
         args.mask_rank, args.mask_value = rank, is_masked
         with self._device.on_stream():
-            _, words = self._ask("low_latency_update_mask_buffer", args, _cuda.PackedStep.mask)
+            _, words = self._ask(operation, args, _cuda.PackedStep.mask)
         return [int(word.is_masked and peer != self.rank) for peer, word in enumerate(words)]
 
-    def _free_place(self, epoch: int, name: str) -> Place:
+    def _free_place(self, turn: Turn, name: str) -> Place:
         """Return where a combine's rows may be staged, or raise on every rank."""
-        place = self._window.free_place(self._pending)
+        place = self._window.free_place(self._order.under_way)
         if place is None:
             error = (
                 "expected a free place for its rows, got none beside the zero-copy buffer; run "
                 "the hooks of earlier combines first"
             )
-            self._refuse(epoch, name, error)
+            self._refuse(turn, name, error)
             raise ValueError(f"{name}: {error}")
         return place
-
-    def _wait_for_readers(self, place: Place, epoch: int) -> None:
-        """Let later kernels come after all ranks have read what is at a place."""
-        if place.last_call <= epoch - 2:
-            return  # the call before this one has waited
-        args = self._bare_args(place.last_call + 2, 0)
-        self._launch(_cuda.PackedStep.begin, args)

@@ -28,6 +28,41 @@ def raise_disagreement(name: str, status: int, words: Sequence[_cuda.PackedWord]
         raise AssertionError(f"{name}: the ranks disagree in nothing that is named")
 
 
+def raise_failure(
+    name: str, status: int, words: Sequence[_cuda.PackedWord], rank: int, timeout: float
+) -> None:
+    """Raise what a replayed call failed in.
+
+    Args:
+        name: the operation.
+        status: of the report.
+        words: by rank.
+        rank: this one.
+        timeout: seconds that it waits for the others.
+    """
+    name = f"{name} of a CUDA graph"
+    if status == _cuda.PACKED_TIMED_OUT:
+        raise did_not_come(name, words, rank, timeout)
+    if status == _cuda.PACKED_AGAIN:
+        others = ", ".join(str(r) for r, word in enumerate(words) if word.is_masked and r != rank)
+        raise RuntimeError(
+            f"{name}: expected no rank to mask rank {rank} while it read, got a mask by one of "
+            f"rank {others}; do not use what that replay gave, later ones do without"
+        )
+    raise_disagreement(name, status, words)
+
+
+def did_not_come(
+    name: str, words: Sequence[_cuda.PackedWord], rank: int, timeout: float
+) -> RuntimeError:
+    """Return the error of ranks that were late, where that is one. Arguments: `raise_failure`."""
+    late = ", ".join(str(r) for r, word in enumerate(words) if word.is_late)
+    return RuntimeError(
+        f"{name}: rank {rank} expected all {len(words)} ranks within {timeout:g} s, got no answer "
+        f"from rank {late}; make a new Buffer once all ranks are back"
+    )
+
+
 def _said(word: _cuda.PackedWord) -> PeerReport:
     """Return a rank's word; what its kernels found wrong in the words of the other backends."""
     call, error = LowLatencyCall(*word.call[:NUM_FIELDS]), word.error

@@ -2,7 +2,8 @@
 
 A window has four places of one size: slots for two calls, taken in turn, and rows of two combines.
 Where some ranks are out of reach it has as many again: what leaves for them in two dispatches, and
-what comes from them in two combines.
+what comes from them in two combines. Whose turn it is kernels know, who count the calls: of two
+places taken in turn the host knows the first, that of calls of even number.
 E experts, C the most tokens of a rank, H hidden.
 """
 
@@ -15,7 +16,7 @@ from ep_megatron.backends.packed import DISPATCH, LowLatencyCall
 
 NUM_PLACES = 4
 _ALIGNMENT = 256
-_NEVER = -2  # the call that used a place last, before any has
+_NEVER = 0  # the call that used a place last, before any has
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class Place:
     """Rows of a combine.
 
     Attributes:
+        index: among such places, as kernels count.
         offset: from the window's start.
-        last_call: whose rows were there last.
+        last_call: whose rows were there last, as the host counts.
     """
 
+    index: int
     offset: int
     last_call: int = _NEVER
 
@@ -61,28 +64,24 @@ class Window:
     Args:
         num_bytes: of the first four places; what DeepEP's size hint says is enough.
         is_far: whether some ranks are out of reach.
+
+    Attributes:
+        slots_at: where the slots of a call begin.
+        outbox_at: where a dispatch lays out what leaves for ranks out of reach.
+        inbox_at: where the rows of a combine come from ranks out of reach.
+        places: for rows of combines.
     """
 
     def __init__(self, num_bytes: int, is_far: bool = False) -> None:
         self.place_bytes = num_bytes // NUM_PLACES // _ALIGNMENT * _ALIGNMENT
         self.near_bytes = NUM_PLACES * self.place_bytes
         self.num_bytes = self.near_bytes * (2 if is_far else 1)
-        self._is_far = is_far
-        self._places = [Place(2 * self.place_bytes), Place(3 * self.place_bytes)]
-        self._next: tuple[Place, Tensor] | None = None
+        self.slots_at = 0
+        self.outbox_at = self.near_bytes * is_far
+        self.inbox_at = self.outbox_at + 2 * self.place_bytes
+        self.places = [Place(index, (2 + index) * self.place_bytes) for index in range(2)]
+        self._next: tuple[Place, Tensor, int] | None = None
         self._taken: dict[int, Place] = {}  # by address, until their combine is sent
-
-    def slots_at(self, epoch: int) -> int:
-        """Return where the slots of a call begin."""
-        return epoch % 2 * self.place_bytes
-
-    def outbox_at(self, epoch: int) -> int:
-        """Return where a dispatch lays out what leaves for ranks out of reach."""
-        return self.near_bytes * self._is_far + epoch % 2 * self.place_bytes
-
-    def inbox_at(self, epoch: int) -> int:
-        """Return where the rows of a combine come from ranks out of reach."""
-        return self.near_bytes * self._is_far + (2 + epoch % 2) * self.place_bytes
 
     def refusal(self, call: LowLatencyCall) -> str:
         """Return why a call does not fit; empty if it does."""
@@ -107,24 +106,33 @@ class Window:
         held = list(self._taken.values())
         if self._next is not None and not for_caller:
             held.append(self._next[0])
-        free = [place for place in self._places if place not in held]
+        free = [place for place in self.places if place not in held]
         place = min(free, key=lambda place: place.last_call, default=None)
         return None if place is None or place.last_call in pending else place
 
-    def next_buffer(self, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the caller's buffer for the next combine, if it has one of this shape."""
-        if self._next is not None and self._next[1].shape == shape:
+    def next_buffer(self, shape: tuple[int, ...], graph: int) -> Tensor | None:
+        """Return the caller's buffer for the next combine, if there is one as asked for.
+
+        Args:
+            shape: of the buffer.
+            graph: what its combine goes into; see `Turn`.
+        """
+        if self._next is not None and self._next[1].shape == shape and self._next[2] == graph:
             return self._next[1]
         return None
 
-    def set_next_buffer(self, place: Place, buffer: Tensor) -> None:
+    def next_graph(self, otherwise: int) -> int:
+        """Return what the combine with the caller's buffer must go into."""
+        return otherwise if self._next is None else self._next[2]
+
+    def set_next_buffer(self, place: Place, buffer: Tensor, graph: int) -> None:
         """Keep a buffer that the caller writes into."""
-        self._next = place, buffer
+        self._next = place, buffer, graph
 
     def take_next_buffer(self) -> Tensor:
         """Hand that buffer to a combine to come."""
         assert self._next is not None
-        place, buffer = self._next
+        place, buffer, _ = self._next
         self._taken[buffer.data_ptr()] = place
         self._next = None
         return buffer

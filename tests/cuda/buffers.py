@@ -60,11 +60,13 @@ class Buffers(_WithBuffers):
 
     def come_after(self, number: int) -> None:
         """Let the next low-latency call be the one behind `number`, as if all before were done."""
-        words = np.full(4 * _cuda.MAX_RANKS, number & 0xFFFFFFFF, np.uint64)  # sent, done
+        words = np.full(4 * _cuda.MAX_RANKS, number, np.uint64)  # sent, done
         for rank, buffer in enumerate(self.buffers):
             packed: Any = buffer._low_latency
-            packed._epoch = number
-            self.machine.write(rank, packed._controls[rank], words)
+            kernels = packed._kernels
+            count = kernels._state + _cuda.PACKED_NUM_CALLS_AT
+            self.machine.write(rank, count, words[:1])
+            self.machine.write(rank, kernels._controls[rank], words)
         self.machine.meet()
 
 

@@ -100,11 +100,13 @@ class EmulatedDevice:
         self.launches: list[Launch] = []
         self._views: dict[int, tuple[int, int]] = {}  # memory here: bytes, where they came from
         self._graph: EmulatedGraph | None = None
+        self._num_graphs = 0
 
     @contextmanager
     def capture(self) -> Iterator[EmulatedGraph]:
         """Let all that happens inside go into a graph instead."""
         self._graph = graph = EmulatedGraph()
+        self._num_graphs += 1
         try:
             yield graph
         finally:
@@ -154,6 +156,9 @@ class EmulatedDevice:
     def is_capturing(self) -> bool:
         return self._graph is not None
 
+    def graph_id(self) -> int:
+        return 0 if self._graph is None else self._num_graphs
+
     def wait_for_word(self, memory: HostMemory, epoch: int, timeout: float) -> bool:
         assert isinstance(memory, EmulatedHostMemory)
         assert not self.is_capturing(), "a host waits for what is not launched"
@@ -183,10 +188,15 @@ class EmulatedDevice:
         start = tensor.data_ptr()
         for first, (num_bytes, address) in list(self._views.items()):
             if first <= start and start + tensor.nbytes <= first + num_bytes and tensor.nbytes:
-                self._synchronize()
-                data = tensor.reshape(-1).view(torch.uint8).numpy()
-                self._machine.write(self._rank, address + start - first, data)
-                return address + start - first
+                at = address + start - first
+
+                def bring(at: int = at) -> None:
+                    self._synchronize()
+                    data = tensor.reshape(-1).view(torch.uint8).numpy()
+                    self._machine.write(self._rank, at, data)
+
+                self.do(bring)
+                return at
         return None
 
     def output(

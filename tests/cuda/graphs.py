@@ -1,7 +1,8 @@
 """A layer captured into a graph of an emulated GPU, and replayed with other routings.
 
-`python -m tests.cuda.graphs` does so with many interleavings, in race and in weak mode. The graph
-is that of tests/cuda/emulated.py: the same launches and copies again, with the memory of then.
+`python -m tests.cuda.graphs` does so with many interleavings, in race and in weak mode, and with
+low-latency calls (tests/cuda/packed_graphs.py). The graph is that of tests/cuda/emulated.py: the
+same launches and copies again, with the memory of then.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.fp8 import FP8, Fp8Recipe
 from ep_megatron.handle import DeviceHandle
+from tests.cuda import packed_graphs
 from tests.cuda.emulated import EmulatedDevice, Ranks
 from tests.cuda.layers import new_buffer, run_with_buffers
 from tests.cuda.seeds import has_failed
@@ -155,7 +157,7 @@ def run(ranks: Ranks, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def main() -> None:
-    """Replay layers of 2, 3, 4 and 8 ranks with many interleavings."""
+    """Replay layers and low-latency calls with many interleavings."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, default=20, help="interleavings of each layer")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4, 8])
@@ -168,6 +170,11 @@ def main() -> None:
         what += f", {len(STYLES)} replays each"
         make = partial(_make, mode, num_tokens, expand)
         any_failed |= has_failed(what, args.seeds, make)
+    layouts = *("A" * num_ranks for num_ranks in packed_graphs.SIZES), *packed_graphs.LAYOUTS
+    for mode, layout in itertools.product(("race", "weak"), layouts):
+        if len(layout) in args.ranks:
+            what = f"{mode} low-latency, ranks on nodes {layout}"
+            any_failed |= has_failed(what, args.seeds, partial(packed_graphs.make, mode, layout))
     sys.exit(any_failed)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ep_megatron import Buffer
 from ep_megatron.backends.packed_cuda import PackedCuda
 from tests.cuda.buffers import Buffers, NodeBuffers
+from tests.cuda.packed_graphs import SIZES, give_bad_indices, replayed
 from tests.packed_cases import PackedCase, check_packed
 from tests.test_cuda_low_latency import (
     TIMEOUT,
@@ -65,6 +66,17 @@ def packed_far(kernels: list[str], seed: int, mode: str) -> Reports:
     return _called(buffers, lambda rank, buffer: check_steps_of(rank, buffer, 4))
 
 
+def packed_replays(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls of graphs, their rows copied or not, and such that all ranks refuse."""
+    buffers = Buffers(3, seed, mode, kernels=kernels)
+    case = PackedCase(SIZES[3])
+    for how in ("odd", "zero_copy"):
+        buffers.call(replayed, buffers.devices, case, "bf16", how)
+    buffers.call(give_bad_indices, buffers.devices)
+    reports: Reports = buffers.machine.report()
+    return reports
+
+
 def packed_refused(kernels: list[str], seed: int, mode: str) -> Reports:
     """Calls that all ranks refuse, for values: of indices, of a layout."""
     return _called(Buffers(2, seed, mode, kernels=kernels), bad_handles)
@@ -113,7 +125,7 @@ THREE = PackedCase((6, 7, 5))
 
 
 class Gate:
-    """Holds one rank's kernel before its `number`-th acquire load while the gate is shut."""
+    """Holds one rank's kernel before its `number`-th acquire load of a flag while it is shut."""
 
     def __init__(self, rank: int) -> None:
         self._rank, self.has_come, self._is_open = rank, threading.Event(), threading.Event()
@@ -140,7 +152,7 @@ class Gate:
         for text in kernels:
             head, entry, body = text.partition(f".entry {kernel}(")
             if entry:
-                load = list(re.finditer(r"ld\.(acquire|relaxed)\.", body))[number].start()
+                load = list(re.finditer(r"ld\.(acquire|relaxed)\.\S*u64", body))[number].start()
                 extern = ".address_size 64\n.extern .func (.param .b32 back) ep_gate ();"
                 head = head.replace(".address_size 64", extern, 1)
                 text = head + entry + body[:load] + _GATE + body[load:]
@@ -261,7 +273,7 @@ def lose_rows(buffers: NodeBuffers, source: int) -> None:
     """Let no row of a rank arrive at other nodes; its posts do."""
     packed, put = buffers.buffers[source]._low_latency, buffers.machine._functions["ep_put_signal"]
     assert isinstance(packed, PackedCuda)
-    begin = packed._windows[source]
+    begin = packed._kernels._windows[source]
     window = range(begin, begin + packed._window.num_bytes)
 
     def put_others(rank: int, lane: int, arguments: tuple[int, ...]) -> int | None:
@@ -431,6 +443,7 @@ def packed_other_routing(kernels: list[str], seed: int, mode: str) -> Reports:
 PACKED: list[Workload] = [
     packed_steps,
     packed_hooks,
+    packed_replays,
     packed_far,
     packed_masked,
     packed_refused,

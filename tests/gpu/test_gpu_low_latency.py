@@ -89,3 +89,48 @@ def test_rows_cross_by_nvshmem(layout: str, with_hook: bool) -> None:
         pytest.skip("built without NVSHMEM")
     case = PackedCase((6, 0, 8, 3)[: len(layout)], num_topk=4, hidden=512)
     run_on_ranks(len(layout), check, [case], with_hook, layout)
+
+
+def check_replays(rank: int, case: PackedCase, zero_copy: bool, layout: str = "") -> None:
+    """A dispatch, experts and a combine in a graph, replayed with other tokens."""
+    buffer = buffer_of(rank, layout)
+    x, idx, weights = (
+        tensor.cuda() for tensor in (case.x(rank), case.topk_idx(rank), case.weights(rank))
+    )
+
+    def step() -> tuple[Any, Tensor]:
+        recv, count, handle, _, _ = buffer.low_latency_dispatch(
+            x, idx, case.capacity, case.num_experts, use_fp8=False
+        )
+        assert isinstance(recv, Tensor)
+        rows = experts_rows(case, rank, recv)
+        if zero_copy:
+            buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
+        out, _, _ = buffer.low_latency_combine(rows, idx, weights, handle, zero_copy=zero_copy)
+        return (recv, count, tuple(handle)), out
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch asks for before a capture
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given, out = step()
+    for number in range(5):
+        x.copy_(case.x(rank, number))
+        idx.copy_(case.topk_idx(rank, number))
+        weights.copy_(case.weights(rank, number))
+        graph.replay()
+        buffer.low_latency_check()
+        recv, count, handle = on_cpu(given)
+        check_packed(case, rank, recv, count, handle, None, number)
+        assert torch.equal(out.cpu(), expected_combined(case, rank, number))
+        if number % 2:
+            assert torch.equal(step()[1], out)
+
+
+@pytest.mark.parametrize("zero_copy", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_calls_are_replayed_with_other_tokens(num_ranks: int, zero_copy: bool) -> None:
+    run_on_ranks(num_ranks, check_replays, PackedCase(tuple(range(num_ranks))), zero_copy)
