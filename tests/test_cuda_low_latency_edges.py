@@ -70,7 +70,7 @@ def test_a_post_that_is_overwritten_leads_nowhere(operation: str) -> None:
     """Rank 1 has given rank 0 up, which reads its post at that time: rows stay inside, and count
     for nothing once rank 0 finds out."""
     gate = Gate(0)
-    gated = Gate.put(shipped_ptx(), "ep_packed_meet_kernel", 1)  # before it looks for the post
+    gated = Gate.put(shipped_ptx(), "ep_packed_meet_kernel", "(flag)")
     buffers = Buffers(2, enable_shrink=True, kernels=gated)
     buffers.machine.on_call("ep_gate", gate)
     number = 1 if operation == "dispatch" else 2

@@ -84,7 +84,7 @@ def test_a_rank_that_stays_away_from_a_replay(shrinks: bool) -> None:
 
 def test_a_rank_that_is_masked_while_it_reads_hears_of_it() -> None:
     gate = Gate(1)
-    gated = Gate.put(shipped_ptx(), "ep_packed_finish_kernel", 0)
+    gated = Gate.put(shipped_ptx(), "ep_packed_finish_kernel", "masked_by")
     buffers = Buffers(3, enable_shrink=True, kernels=gated)
     buffers.machine.on_call("ep_gate", gate)
 

@@ -7,6 +7,7 @@ that kernel until then: a call of the host's in front of one of its acquire load
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tests.test_cuda_low_latency import (
 )
 from tests.test_low_latency import check_bad_input_of, check_hooks_of, check_steps_of, experts_rows
 
+_FLAGS = Path(__file__).parents[2] / "csrc" / "cuda" / "low_latency_flags.cu"
 Reports = list[tuple[str, str]]
 Workload = Callable[[list[str], int, str], Reports]
 _GATE = """
@@ -125,7 +127,7 @@ THREE = PackedCase((6, 7, 5))
 
 
 class Gate:
-    """Holds one rank's kernel before its `number`-th acquire load of a flag while it is shut."""
+    """Holds one rank's kernel before it looks at a flag, while the gate is shut."""
 
     def __init__(self, rank: int) -> None:
         self._rank, self.has_come, self._is_open = rank, threading.Event(), threading.Event()
@@ -146,18 +148,30 @@ class Gate:
         return is_shut
 
     @staticmethod
-    def put(kernels: list[str], kernel: str, number: int) -> list[str]:
-        """Return the kernels with a gate in one of them."""
-        texts = []
+    def put(kernels: list[str], kernel: str, look: str, number: int = 0) -> list[str]:
+        """Return the kernels with a gate in one of them.
+
+        It is in front of the `number`-th load that comes from a line of the source with `look`.
+        """
+        lines, texts = _FLAGS.read_text().splitlines(), []
         for text in kernels:
             head, entry, body = text.partition(f".entry {kernel}(")
             if entry:
-                load = list(re.finditer(r"ld\.(acquire|relaxed)\.\S*u64", body))[number].start()
+                found = [
+                    load.start()
+                    for load in re.finditer(r"ld\.(acquire|relaxed)\.\S*u64", body)
+                    if look in lines[_line_at(body[: load.start()]) - 1]
+                ]
                 extern = ".address_size 64\n.extern .func (.param .b32 back) ep_gate ();"
                 head = head.replace(".address_size 64", extern, 1)
-                text = head + entry + body[:load] + _GATE + body[load:]
+                text = head + entry + body[: found[number]] + _GATE + body[found[number] :]
             texts.append(text)
         return texts
+
+
+def _line_at(ptx: str) -> int:
+    """Return which line of the source has called what comes next."""
+    return int(ptx[ptx.rindex(" inlined_at ") :].split()[2])
 
 
 class Dispatch:
@@ -245,7 +259,7 @@ def packed_masked_in_begin(kernels: list[str], seed: int, mode: str) -> Reports:
             dispatch.receive()
         Dispatch(1, buffer, TWO, 3).receive((0,))
 
-    gated = Gate.put(kernels, "ep_packed_begin_kernel", 2)
+    gated = Gate.put(kernels, "ep_packed_begin_kernel", "(masked_by)")
     buffers = Buffers(2, seed, mode, enable_shrink=True, kernels=gated)
     buffers.machine.on_call("ep_gate", gate)
     return _each(buffers, masker, writer)
@@ -263,7 +277,7 @@ def packed_masked_in_meet(kernels: list[str], seed: int, mode: str) -> Reports:
     def waiter(buffer: Buffer) -> None:
         Dispatch(1, buffer, TWO, 1).receive((0,))
 
-    gated = Gate.put(kernels, "ep_packed_meet_kernel", 2)
+    gated = Gate.put(kernels, "ep_packed_meet_kernel", "(masked_by)")
     buffers = Buffers(2, seed, mode, enable_shrink=True, kernels=gated)
     buffers.machine.on_call("ep_gate", gate)
     return _each(buffers, masker, waiter)
@@ -310,7 +324,7 @@ def packed_masked_before_rows(kernels: list[str], seed: int, mode: str) -> Repor
     def waiter(buffer: Buffer) -> None:
         Dispatch(1, buffer, TWO, 1).receive((0,))
 
-    gated = Gate.put(kernels, "ep_packed_meet_kernel", 4)
+    gated = Gate.put(kernels, "ep_packed_meet_kernel", "(masked_by)", 1)
     buffers = NodeBuffers("AB", seed, mode, enable_shrink=True, kernels=gated)
     lose_rows(buffers, 0)
     buffers.machine.on_call("ep_gate", gate)
@@ -336,7 +350,7 @@ def packed_masked_in_finish(kernels: list[str], seed: int, mode: str) -> Reports
     def reader(buffer: Buffer) -> None:
         Dispatch(1, buffer, THREE, 1).receive((2,))
 
-    gated = Gate.put(kernels, "ep_packed_finish_kernel", 0)
+    gated = Gate.put(kernels, "ep_packed_finish_kernel", "masked_by")
     buffers = Buffers(3, seed, mode, enable_shrink=True, kernels=gated)
     buffers.machine.on_call("ep_gate", gate)
     return _each(buffers, partner, reader, masker)

@@ -81,10 +81,13 @@ def judge(
         ptx: the module's text.
         kernel: which kernel to change.
         run: (text, seed, mode) -> what was noticed: kinds of reports, "data", "fault", "hang".
-            It must find nothing in the text as it is.
+            It must find nothing in the text as it is, which is tried with the first seed.
         seeds: tried in turn, each in race and in weak mode.
         without: changes that are left out.
     """
+    for mode in ("race", "weak"):
+        found = run(ptx, seeds[0], mode)
+        assert not found, f"{kernel} as it is, in {mode} mode: {found}"
     verdicts = []
     for mutant in mutants(ptx, kernel):
         if mutant.change in without:
