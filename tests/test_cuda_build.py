@@ -37,9 +37,9 @@ def test_the_extension_holds_the_ptx_of_the_sources() -> None:
     if find_spec("ep_megatron._nvshmem") is None:
         sources = [source for source in sources if source.parent.name == "cuda"]
     else:
-        from tests.cuda.nic import far_ptx
+        from tests.cuda.nic import far_ptx, post_ptx
 
-        embedded += far_ptx()
+        embedded += [*far_ptx(), *post_ptx()]
     made = [resources.compile_to_ptx(nvcc, source) for source in sources]
     assert sorted(map(without_comments, embedded)) == sorted(map(without_comments, made))
 

@@ -58,6 +58,7 @@ from tests.test_cuda_low_latency import (
 )
 from tests.test_cuda_nodes import CASES as NODE_CASES
 from tests.test_cuda_nodes import check as check_nodes
+from tests.test_cuda_nodes import check_late as check_late_nodes
 from tests.test_cuda_nodes import check_lost, lossy
 from tests.test_cuda_sync_free import check_late as check_late_within
 from tests.test_low_latency import CASES as PACKED_CASES
@@ -85,6 +86,8 @@ UNREACHABLE = {
     ".head)[i % words_per_head]": "four rounds, with 70 ranks and more",
     "i < num_ranks * num_ranks; i += kNotifyThreads": "four rounds, with 56 ranks and more",
     "posts[i / num_ranks].per_rank[i % num_ranks]": "four rounds, with 56 ranks and more",
+    "i < num_ranks * args.num_nodes; i += kNotifyThreads": "four rounds; there are three",
+    "posts[i / args.num_nodes].per_node[i % args.num_nodes]": "four rounds; there are three",
     "i < kExpertNumbers + 2 * args.experts_per_rank": "four rounds; there are three at the most",
     "args.numbers[i] = 0": "four rounds; there are three at the most",
     "for (int other = 0; other < lanes_per_token; ++other)": "three lanes more: a power of two",
@@ -169,7 +172,7 @@ def calls_within() -> Iterator[Machine]:
 
 
 def several_nodes() -> Iterator[Machine]:
-    """Sums of rows whose places the host knows; rows that do not come."""
+    """Sums of rows whose places the host knows; ranks and rows that do not come."""
     for layout, idx_dtype in (("AB", torch.int32), ("ABCD", torch.int64)):
         nodes = Nodes(layout)
         case = replace(NODE_CASES[len(layout)], idx_dtype=idx_dtype)
@@ -177,6 +180,9 @@ def several_nodes() -> Iterator[Machine]:
             nodes.run(check_nodes, case, layout, dtype, False)
         nodes.run(check_double_weights, case)
         yield nodes.machine
+    nodes = Nodes("AABB", timeout=0.05)
+    nodes.run(check_late_nodes, NODE_CASES[4])
+    yield nodes.machine
     nodes = Nodes("AB", timeout=0.02)
     lossy(nodes, 0)
     nodes.run(check_lost, NODE_CASES[2])

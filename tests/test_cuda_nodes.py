@@ -6,6 +6,7 @@ tests/cuda/nic.py. Sums are compared with the definition that tests/test_hierarc
 """
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,11 +23,13 @@ from tests.test_dispatch import HANDLE_NUMBERS
 from tests.test_hierarchical import node_sums, node_weights
 
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
+pytest.importorskip("ep_megatron._nvshmem", reason="built without NVSHMEM")
 
 from ep_megatron.backends.crossing import MAX_CHUNKS, Crossing
+from tests.cuda import nic
 from tests.cuda.layers import Form, run_with_buffers
 from tests.cuda.layers import check as check_layers
-from tests.cuda.nic import Nodes, gathered
+from tests.cuda.nic import Nodes, gathered, post_ptx
 from tests.test_cuda_backend import error_of, same, same_rows
 
 CASES = {
@@ -122,23 +125,25 @@ def test_a_token_crosses_once_per_node() -> None:
     nodes = Nodes("AABB")
     topk_idx = torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3], [0, 4, 2, 6]])
 
-    def send(backend: Backend, _reference: Backend) -> None:
-        idx = topk_idx if backend.rank == 0 else topk_idx[:0]
+    def send(backend: Backend, _reference: Backend, idx: torch.Tensor) -> None:
+        idx = idx[: 0 if backend.rank else None]
         backend.dispatch(Rows(torch.zeros(len(idx), 512, dtype=torch.bfloat16)), Routing(idx, 8))
 
-    nodes.run(send)
-    counts = nodes.machine.counts()
+    crossed = [0]
+    for idx in (topk_idx % 4, topk_idx):  # in the first call posts alone cross
+        nodes.run(send, idx)
+        crossed.append(nodes.machine.counts()["nic_put"]["peer_written"])
     record = 1024 + 4 * 16  # beside the row rank, row and column of each slot, and its expert
     signals = 2 + 1
-    assert counts["nic_put"]["peer_written"] == 2 * record + 8 * signals
+    assert crossed[2] - 2 * crossed[1] == 2 * record + 8 * signals
     no_report(nodes)
 
 
-@pytest.mark.parametrize(("chunk_bytes", "num_puts"), [(1, 8), (3 * 64, 4), (1 << 20, 1)])
+@pytest.mark.parametrize(("chunk_bytes", "num_puts"), [(1, 6), (3 * 64, 4), (1 << 20, 1)])
 def test_rows_cross_in_chunks_of_the_bytes_that_were_asked_for(
     chunk_bytes: int, num_puts: int
 ) -> None:
-    """At most eight from one rank to another, and one beside; 12 rows of 64 bytes."""
+    """At most eight from one rank to another: 12 rows of 64 bytes, at least two at once."""
     nodes = Nodes("AB", chunk_bytes=chunk_bytes)
 
     def send(backend: Backend, _reference: Backend) -> None:
@@ -146,8 +151,8 @@ def test_rows_cross_in_chunks_of_the_bytes_that_were_asked_for(
         backend.dispatch(Rows(torch.zeros(len(idx), 16)), Routing(idx, 2))
 
     nodes.run(send)
-    # Of two rows each, if there are eight at most.
-    assert nodes.machine.counts()["nic_put"]["launches"] == (6 if num_puts == 8 else num_puts) + 1
+    # Beside rows there is one more, and a post of each rank.
+    assert nodes.machine.counts()["nic_put"]["launches"] == num_puts + 1 + 2
 
 
 def test_the_first_chunk_is_forwarded_while_the_last_is_on_its_way() -> None:
@@ -158,7 +163,7 @@ def test_the_first_chunk_is_forwarded_while_the_last_is_on_its_way() -> None:
     put, held = sender.network.put_signal, []
 
     def hold_the_last(*arguments: int) -> None:
-        last_row = sender._crossing._outbox + sender._crossing._place_bytes + x.nbytes - x[0].nbytes
+        last_row = sender._crossing._outbox + x.nbytes - x[0].nbytes
         source, num_bytes = arguments[1], arguments[3]
         if source <= last_row < source + num_bytes:
             held.append(arguments)
@@ -251,6 +256,44 @@ def test_bad_calls_raise_on_every_rank_and_the_next_goes_on() -> None:
     assert "rank 2: expected topk_idx to be in [0, 8)" in errors[0][0]
     assert "float16 on rank 0 and bfloat16 on rank 1, 2, 3" in errors[0][1]
     no_report(nodes)
+
+
+def check_late(backend: Backend, _reference: Backend, case: Case) -> str:
+    if backend.rank == 2:
+        return ""
+    routing = Routing(case.topk_idx(backend.rank), case.num_experts)
+    x = case.x(backend.rank, torch.bfloat16)
+    with pytest.raises(RuntimeError) as late:
+        backend.dispatch(Rows(x), routing)
+    with pytest.raises(RuntimeError, match="got one that broke down"):
+        backend.dispatch(Rows(x), routing)
+    return str(late.value)
+
+
+def test_a_rank_that_does_not_come_is_named_on_every_node() -> None:
+    nodes = Nodes("AABB", timeout=0.05)
+    errors = nodes.run(check_late, CASES[4])
+    for error in (errors[0], errors[1], errors[3]):
+        assert "got nothing from rank 2;" in error
+    no_report(nodes)
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_post_that_is_not_put_is_missed(left_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler makes two calls of it, with and without counts."""
+    (ptx,) = post_ptx()
+    calls = list(re.finditer(r"call\.uni\s+ep_put_signal,\s+\([^)]*\)\s*;", ptx))
+    assert len(calls) == 2
+    less = ptx[: calls[left_out].start()] + ptx[calls[left_out].end() :]
+    monkeypatch.setattr(nic, "post_ptx", lambda: [less])
+    nodes = Nodes("AB", timeout=0.05)
+
+    def call(backend: Backend, _reference: Backend) -> None:
+        rows, handle = backend.dispatch(Rows(torch.zeros(1, 16)), Routing(torch.tensor([[1]]), 2))
+        backend.combine(rows, handle)
+
+    with pytest.raises(RuntimeError, match="got nothing from rank"):
+        nodes.run(call)
 
 
 def check_no_room(backend: Any, _reference: Backend, case: Case, operation: str) -> str:

@@ -30,6 +30,7 @@ void set_counts(NotifyArgs& args, const ScanArgs& scan, int64_t num_blocks, int6
     args.is_int64 = scan.is_int64;
     args.alignment = alignment;
     args.num_blocks = num_blocks;
+    args.num_nodes = scan.num_nodes;
     args.block_counts = scan.block_counts;
     args.block_bad = scan.block_bad;
     args.topk_idx = scan.topk_idx;
@@ -69,16 +70,17 @@ struct ReadReport {
     uint32_t ticket, epoch, status;
     std::vector<Word> words;                     // by rank
     std::vector<std::vector<int32_t>> per_rank;  // [source][destination]
+    std::vector<std::vector<int32_t>> per_node;  // [source][node]
     std::vector<int64_t> per_expert;             // of all ranks together
 };
 
-ReadReport read_report(const py::buffer& bytes, int num_ranks, int num_experts) {
+ReadReport read_report(const py::buffer& bytes, int num_ranks, int num_experts, int num_nodes) {
     const py::buffer_info info = bytes.request();
     if (info.size * info.itemsize < static_cast<py::ssize_t>(sizeof(Report)) ||
-        num_ranks > kMaxRanks || num_experts > kMaxExperts)
+        num_ranks > kMaxRanks || num_experts > kMaxExperts || num_nodes > kMaxNodes)
         throw std::invalid_argument("read_report: expected the bytes of one report");
     const auto& report = *static_cast<const Report*>(info.ptr);
-    ReadReport read{report.ticket, report.epoch, report.status, {}, {}, {}};
+    ReadReport read{report.ticket, report.epoch, report.status, {}, {}, {}, {}};
     for (int rank = 0; rank < num_ranks; ++rank) {
         const PostHead& head = report.heads[rank];
         read.words.push_back({report.seen[rank],
@@ -91,6 +93,8 @@ ReadReport read_report(const py::buffer& bytes, int num_ranks, int num_experts) 
                               head.weights_place});
         const int32_t* row = report.per_rank + rank * num_ranks;
         read.per_rank.emplace_back(row, row + num_ranks);
+        const int32_t* nodes = report.per_node + rank * num_nodes;
+        read.per_node.emplace_back(nodes, nodes + num_nodes);
     }
     read.per_expert.assign(report.per_expert, report.per_expert + num_experts);
     return read;
@@ -133,6 +137,10 @@ void bind_args(py::module_& m) {
         .add("num_experts", &ScanArgs::num_experts)
         .add("num_ranks", &ScanArgs::num_ranks)
         .add("expand", &ScanArgs::expand)
+        .add("num_nodes", &ScanArgs::num_nodes)
+        .add("node", &ScanArgs::node)
+        .add("node_of", &ScanArgs::node_of)
+        .add("by_node", &ScanArgs::by_node)
         .add("block_counts", &ScanArgs::block_counts)
         .add("block_bad", &ScanArgs::block_bad)
         .add("key_starts", &ScanArgs::key_starts)
@@ -142,6 +150,9 @@ void bind_args(py::module_& m) {
     notify.add("control", &NotifyArgs::control)
         .add("rank", &NotifyArgs::rank)
         .add("num_ranks", &NotifyArgs::num_ranks)
+        .add("posts", &NotifyArgs::posts)
+        .add("meets", &NotifyArgs::meets)
+        .add("has_far", &NotifyArgs::has_far)
         .add("ticket", &NotifyArgs::ticket)
         .add("is_awaited", &NotifyArgs::is_awaited)
         .add("capacity", &NotifyArgs::capacity)
@@ -273,6 +284,7 @@ void bind_plans(py::module_& m) {
     m.def("plan_count", &plan_count, py::arg("args"), py::arg("num_sms"));
     m.def("plan_route", &plan_route, py::arg("args"), py::arg("num_sms"));
     m.def("plan_notify", &plan_notify, py::arg("args"));
+    m.def("plan_notify_send", &plan_notify_send, py::arg("args"));
     m.def("plan_arrive", &plan_arrive, py::arg("args"));
     m.def("plan_dispatch", &plan_dispatch, py::arg("args"), py::arg("num_sms"));
     m.def("plan_dispatch_cast", &plan_dispatch_cast, py::arg("args"), py::arg("dtype"),
@@ -306,9 +318,10 @@ void bind_report(py::module_& m) {
         .def_readonly("status", &ReadReport::status)
         .def_readonly("words", &ReadReport::words)
         .def_readonly("per_rank", &ReadReport::per_rank)
+        .def_readonly("per_node", &ReadReport::per_node)
         .def_readonly("per_expert", &ReadReport::per_expert);
     m.def("read_report", &read_report, py::arg("bytes"), py::arg("num_ranks"),
-          py::arg("num_experts"));
+          py::arg("num_experts"), py::arg("num_nodes") = 0);
     m.def(
         "read_arrive_error",
         [](const py::buffer& bytes, int num_ranks) {
@@ -330,6 +343,7 @@ void bind_report(py::module_& m) {
     m.attr("MAX_RANKS") = kMaxRanks;
     m.attr("MAX_EXPERTS") = kMaxExperts;
     m.attr("MAX_TOPK") = kMaxTopk;
+    m.attr("MAX_NODES") = kMaxNodes;
     m.attr("MAX_HIDDEN") = kMaxHidden;
     m.attr("MAX_ERROR_BYTES") = kErrorBytes - 1;
     m.attr("TAKES_PART") = static_cast<uint32_t>(kTakesPart);

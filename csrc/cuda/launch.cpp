@@ -55,6 +55,7 @@ Launch plan_scan(
     check_ranks(operation, args.num_ranks, 0);
     require_range(operation, "num_experts", args.num_experts, 1, kMaxExperts);
     require_multiple(operation, "num_experts", args.num_experts, args.num_ranks);
+    require_range(operation, "the nodes", args.num_nodes, 0, kMaxNodes);
     require_range(operation, "the SMs", num_sms, 1, 1024);
     args.experts_per_rank = args.num_experts / args.num_ranks;
     args.topk_shift = 0;
@@ -115,12 +116,13 @@ unsigned num_row_blocks(int64_t num_rows, int num_sms) {
 }
 
 Launch plan_count(ScanArgs args, int num_sms) {
-    return plan_scan("count", "ep_count_kernel", args, args.num_experts + args.num_ranks, num_sms);
+    const int num_keys = args.num_experts + args.num_ranks + args.num_nodes;
+    return plan_scan("count", "ep_count_kernel", args, num_keys, num_sms);
 }
 
 Launch plan_route(ScanArgs args, int num_sms) {
     return plan_scan("route", "ep_route_kernel", args,
-                     args.expand ? args.num_experts : args.num_ranks, num_sms);
+                     (args.expand ? args.num_experts : args.num_ranks) + args.num_nodes, num_sms);
 }
 
 Launch plan_notify(const NotifyArgs& args) {
@@ -137,6 +139,11 @@ Launch plan_notify(const NotifyArgs& args) {
                 args.experts_per_rank);
     }
     return launch("ep_notify_kernel", 1, kNotifyThreads, 0, args);
+}
+
+Launch plan_notify_send(const NotifyArgs& args) {
+    check_ranks("notify", args.num_ranks, args.rank);
+    return launch_rows("ep_notify_send_kernel", num_row_blocks(args.num_ranks, kMaxRanks), args);
 }
 
 Launch plan_arrive(const ArriveArgs& args) {

@@ -30,6 +30,8 @@ unsigned num_row_blocks(int64_t num_rows, int num_sms);
 Launch plan_count(ScanArgs args, int num_sms);
 Launch plan_route(ScanArgs args, int num_sms);
 Launch plan_notify(const NotifyArgs& args);
+/// Of csrc/nvshmem/post.cu.
+Launch plan_notify_send(const NotifyArgs& args);
 Launch plan_arrive(const ArriveArgs& args);
 /// Rows as they are.
 Launch plan_dispatch(const DispatchArgs& args, int num_sms);

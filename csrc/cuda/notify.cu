@@ -4,6 +4,7 @@
 //
 // Who writes, who reads: see Control in protocol.h. What earlier kernels of this stream have
 // written happens before this kernel, hence before the flag.
+#include "cuda/posts.cuh"
 #include "cuda/protocol.h"
 #include "cuda/ptx.cuh"
 
@@ -13,16 +14,13 @@ namespace {
 constexpr int kBatch = 8;
 constexpr int kWordCounts = 4;  // int32 of the 16 bytes that posts are copied by
 
-/// Numbers come round from the largest to 2: two calls in a row are never both odd, or both even.
-__device__ __forceinline__ uint32_t next_epoch(uint32_t epoch) {
-    return epoch == 0xffffffffu ? 2 : epoch + 1;
-}
-
 /// Turn every block's counts into sums over the blocks before it; totals into the post.
 __device__ __forceinline__ void sum_blocks(const NotifyArgs& args, Post& post) {
-    const int num_keys = args.num_experts + args.num_ranks;
+    const int num_keys = args.num_experts + args.num_ranks + args.num_nodes;
+    const int node = args.num_nodes + threadIdx.x;
+    if (node < kMaxNodes) post.per_node[node] = 0;  // travels with the others
     for (int rank = args.num_ranks + threadIdx.x; rank < kMaxRanks; rank += kNotifyThreads)
-        post.per_rank[rank] = 0;  // travels with the others
+        post.per_rank[rank] = 0;
     const int expert = args.num_experts + threadIdx.x;
     if (threadIdx.x < kWordCounts - 1 && expert < kMaxExperts) post.per_expert[expert] = 0;
     for (int key = threadIdx.x; key < num_keys; key += kNotifyThreads) {
@@ -43,8 +41,10 @@ __device__ __forceinline__ void sum_blocks(const NotifyArgs& args, Post& post) {
         }
         if (key < args.num_experts)
             post.per_expert[key] = total;
-        else
+        else if (key < args.num_experts + args.num_ranks)
             post.per_rank[key - args.num_experts] = total;
+        else
+            post.per_node[key - args.num_experts - args.num_ranks] = total;
     }
 }
 
@@ -58,25 +58,41 @@ __device__ __forceinline__ void report_bad_index(const NotifyArgs& args, PostHea
                                      : static_cast<const int32_t*>(args.topk_idx)[bad];
 }
 
-/// A warp per peer copies the post and raises the flag.
+/// A warp per peer copies the post and raises the flag; one lays it out for far peers.
 __device__ __forceinline__ void push_post(const NotifyArgs& args,
                                           const Post& post,
                                           uint32_t epoch) {
     const int lane = threadIdx.x % kWarpSize;
-    const int num_bytes = args.has_counts
-                              ? static_cast<int>(offsetof(Post, per_expert)) + args.num_experts * 4
-                              : static_cast<int>(sizeof(PostHead));
-    const int num_words = (num_bytes + 15) / 16;
-    for (int i = threadIdx.x / kWarpSize; i < args.num_ranks; i += kNotifyThreads / kWarpSize) {
+    const int num_words = num_post_bytes(args) / 16, num_targets = args.num_ranks + args.has_far;
+    for (int i = threadIdx.x / kWarpSize; i < num_targets; i += kNotifyThreads / kWarpSize) {
         // Each rank begins with its neighbour, so that not all write to rank 0 first.
-        const int peer = (args.rank + 1 + i) % args.num_ranks;
-        Control* there = args.control[peer];
-        auto* to = reinterpret_cast<uint4*>(&there->posts[epoch % 2][args.rank]);
+        const bool is_for_far = i == args.num_ranks;
+        Control* there =
+            args.control[is_for_far ? args.rank : (args.rank + 1 + i) % args.num_ranks];
+        if (there == nullptr) continue;
+        auto* to = reinterpret_cast<uint4*>(is_for_far ? &there->outgoing[epoch % 2]
+                                                       : &there->posts[epoch % 2][args.rank]);
         const auto* from = reinterpret_cast<const uint4*>(&post);
         for (int word = lane; word < num_words; word += kWarpSize) to[word] = from[word];
         __syncwarp();  // all lanes' words before lane 0's flag
-        if (lane == 0) store_release_system(&there->posted[args.rank], epoch);
+        if (lane == 0 && !is_for_far) store_release_system(&there->posted[args.rank], epoch);
     }
+}
+
+/// Wait for the post of rank `threadIdx.x`; returns the last epoch seen.
+__device__ __forceinline__ uint32_t wait_for_post(const NotifyArgs& args, uint32_t epoch) {
+    const int rank = threadIdx.x;
+    if (rank >= args.num_ranks) return epoch;
+    const Control* own = args.control[args.rank];
+    if (args.control[rank] != nullptr)
+        return wait_for_epoch(&own->posted[rank], epoch, args.timeout_ns);
+    const uint64_t* signal = &own->far_posted[rank];
+    const uint64_t start = now_nanoseconds();
+    uint32_t seen;
+    do {
+        seen = static_cast<uint32_t>(load_acquire_system(signal));
+    } while (static_cast<int32_t>(seen - epoch) < 0 && now_nanoseconds() - start < args.timeout_ns);
+    return seen;
 }
 
 /// Whether rank `threadIdx.x` takes part and makes the call that rank 0 makes.
@@ -200,6 +216,8 @@ __device__ __forceinline__ void tell(const NotifyArgs& args,
     if (args.has_counts && (status == kAgreed || status == kTooManyRows)) {
         for (int i = thread; i < num_ranks * num_ranks; i += kNotifyThreads)
             report->per_rank[i] = posts[i / num_ranks].per_rank[i % num_ranks];
+        for (int i = thread; i < num_ranks * args.num_nodes; i += kNotifyThreads)
+            report->per_node[i] = posts[i / args.num_nodes].per_node[i % args.num_nodes];
         if (thread < args.num_experts) report->per_expert[thread] = count.total;
     }
     if (thread == 0) {
@@ -218,22 +236,22 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     __shared__ uint32_t scanned[kNotifyThreads];
     const int thread = threadIdx.x;
     const uint32_t epoch = next_epoch(args.state->epoch);
-    for (int i = thread; i < static_cast<int>(sizeof(PostHead) / 4); i += kNotifyThreads)
-        reinterpret_cast<uint32_t*>(&post.head)[i] =
-            reinterpret_cast<const uint32_t*>(&args.head)[i];
-    if (args.has_counts) sum_blocks(args, post);
-    __syncthreads();
-    if (args.has_counts && thread == 0) report_bad_index(args, post.head);
-    __syncthreads();
-    push_post(args, post, epoch);
+    if (args.posts) {
+        for (int i = thread; i < static_cast<int>(sizeof(PostHead) / 4); i += kNotifyThreads)
+            reinterpret_cast<uint32_t*>(&post.head)[i] =
+                reinterpret_cast<const uint32_t*>(&args.head)[i];
+        if (args.has_counts) sum_blocks(args, post);
+        __syncthreads();
+        if (args.has_counts && thread == 0) report_bad_index(args, post.head);
+        __syncthreads();
+        push_post(args, post, epoch);
+    }
+    if (!args.meets) return;
 
-    const Control* own = args.control[args.rank];
-    uint32_t seen = epoch;
-    if (thread < args.num_ranks)
-        seen = wait_for_epoch(&own->posted[thread], epoch, args.timeout_ns);
+    const uint32_t seen = wait_for_post(args, epoch);
     // From here on every thread sees every post.
     const bool are_all_there = __syncthreads_and(static_cast<int32_t>(seen - epoch) >= 0);
-    const Post* posts = own->posts[epoch % 2];
+    const Post* posts = args.control[args.rank]->posts[epoch % 2];
     uint32_t status = kTimedOut;
     ExpertCount count{0, 0};
     if (are_all_there) {

@@ -14,9 +14,10 @@
 namespace ep::cuda {
 
 // Limits, checked by the plans in launch.cpp.
-constexpr int kMaxRanks = 72;      // one NVLink domain
-constexpr int kMaxExperts = 1024;  // on all ranks together
-constexpr int kMaxTopk = 32;       // a warp looks at a token's slots at once
+constexpr int kMaxRanks = 72;        // one NVLink domain
+constexpr int kMaxExperts = 1024;    // on all ranks together
+constexpr int kMaxTopk = 32;         // a warp looks at a token's slots at once
+constexpr int kMaxNodes = kMaxTopk;  // a token's nodes are looked at at once, too
 constexpr int kMaxHidden = 16384;
 constexpr int64_t kMaxSlots = 2147483647;  // addresses of rows are int32
 
@@ -55,6 +56,7 @@ struct alignas(16) PostHead {
 struct alignas(16) Post {
     PostHead head;
     int32_t per_rank[kMaxRanks];      // this rank's tokens by destination
+    int32_t per_node[kMaxNodes];      // and by the node of that
     int32_t per_expert[kMaxExperts];  // this rank's slots by expert
 };
 
@@ -62,10 +64,14 @@ struct alignas(16) Post {
 /// posted[s], arrived[s]: written by rank s alone (release, system scope), read by the owner
 /// (acquire, system scope), never reset: epochs only grow and are compared by difference.
 /// posts[n % 2][s]: written by rank s before it raises posted[s] to n.
+/// A rank of another node is *far*: its card puts the post here, from its outgoing[n % 2], and then
+/// n into far_posted[s].
 struct alignas(16) Control {
     uint32_t posted[kMaxRanks];
     uint32_t arrived[kMaxRanks];
+    uint64_t far_posted[kMaxRanks];
     Post posts[2][kMaxRanks];
+    Post outgoing[2];
 };
 
 /// Where every rank's shared memory is seen from this one: mapped host memory, to which the host
@@ -102,6 +108,7 @@ struct alignas(16) Report {
     uint32_t seen[kMaxRanks];  // last epoch that each rank has posted
     PostHead heads[kMaxRanks];
     int32_t per_rank[kMaxRanks * kMaxRanks];  // [source][destination], rows of num_ranks
+    int32_t per_node[kMaxRanks * kMaxNodes];  // [source][node], rows of num_nodes
     int64_t per_expert[kMaxExperts];          // slots of all ranks
 };
 
@@ -112,7 +119,8 @@ struct alignas(16) ArriveError {
     uint32_t seen[kMaxRanks];
 };
 
-/// Arguments of the count and route kernels. T tokens, K slots, E experts, R ranks, B blocks.
+/// Arguments of the count and route kernels. T tokens, K slots, E experts, R ranks, B blocks, N
+/// nodes where ranks are on several, else 0.
 struct ScanArgs {
     const void* topk_idx;  // [T, K] int32 or int64
     int64_t num_tokens;
@@ -123,20 +131,28 @@ struct ScanArgs {
     int32_t num_ranks;
     int32_t experts_per_rank;
     int32_t expand;
+    int32_t num_nodes;
+    int32_t node;                // this rank's
+    int32_t node_of[kMaxRanks];  // by rank
     int32_t unused;
-    // [B, E + R]: count writes each block's counts, notify turns them into sums over the blocks
+    // [B, E + R + N]: count writes each block's counts, notify turns them into sums over the blocks
     // before, route reads those.
     int32_t* block_counts;
     uint32_t* block_bad;        // [B] first slot that holds no expert and not -1, or ~0
     const int32_t* key_starts;  // [E] (expand) or [R]: row of this rank's first token; by notify
     const CallState* state;     // by notify
     int32_t* routes;            // [3, T, K]: rank, row, slot; see DispatchHandle
+    int32_t* by_node;           // [3, T, N], see cross.h
 };
 
 struct NotifyArgs {
-    Control* control[kMaxRanks];  // of every rank
+    Control* control[kMaxRanks];  // of every rank, null of far ones
     int32_t rank;
     int32_t num_ranks;
+    int32_t posts;       // whether this launch posts; between both a card may be told to put
+    int32_t meets;       // whether it waits for the others' posts, and reports
+    int32_t has_far;     // whether some ranks are far
+    int32_t num_nodes;   // of a fresh dispatch
     uint32_t ticket;     // for the report, at least 1
     int32_t is_awaited;  // by the host; else there is a report of a failure alone
     int32_t has_counts;  // a fresh dispatch; the rest of this part only then

@@ -23,6 +23,10 @@ struct Slot {
     unsigned same_expert;    // lanes
     unsigned first_of_rank;  // lanes that stand for this rank, one per token; empty where unused
     bool is_first;           // whether this lane is one of those
+    // The same for nodes, where there are several.
+    int node;
+    unsigned same_node, first_of_node;
+    bool is_first_of_node;
 };
 
 __device__ __forceinline__ Slot look(const ScanArgs& args, int64_t first_token, int64_t end) {
@@ -47,16 +51,31 @@ __device__ __forceinline__ Slot look(const ScanArgs& args, int64_t first_token, 
                                << (lane & ~(lanes_per_token - 1));
     slot.is_first = slot.rank >= 0 && (same_rank & own_token & before) == 0;
     slot.first_of_rank = __ballot_sync(kAllLanes, slot.is_first) & same_rank;
+    slot.node = -1;
+    slot.same_node = slot.first_of_node = 0;
+    slot.is_first_of_node = false;
+    if (args.num_nodes == 0) return slot;
+    if (slot.rank >= 0) slot.node = args.node_of[slot.rank];
+    slot.same_node = __match_any_sync(kAllLanes, slot.node);
+    slot.is_first_of_node = slot.node >= 0 && (slot.same_node & own_token & before) == 0;
+    slot.first_of_node = __ballot_sync(kAllLanes, slot.is_first_of_node) & slot.same_node;
     return slot;
 }
 
-/// Add to one count per group of equal lanes; its lowest lane writes. Both may be null.
-__device__ __forceinline__ void add(const Slot& slot, int32_t* by_expert, int32_t* by_rank) {
+/// A warp's counts; null: not counted.
+struct Counts {
+    int32_t *by_expert, *by_rank, *by_node;
+};
+
+/// Add to one count per group of equal lanes; its lowest lane writes.
+__device__ __forceinline__ void add(const Slot& slot, const Counts& counts) {
     const int lane = threadIdx.x % kWarpSize;
-    if (by_expert != nullptr && slot.expert >= 0 && lane == __ffs(slot.same_expert) - 1)
-        by_expert[slot.expert] += __popc(slot.same_expert);
-    if (by_rank != nullptr && slot.rank >= 0 && lane == __ffs(slot.first_of_rank) - 1)
-        by_rank[slot.rank] += __popc(slot.first_of_rank);
+    if (counts.by_expert != nullptr && slot.expert >= 0 && lane == __ffs(slot.same_expert) - 1)
+        counts.by_expert[slot.expert] += __popc(slot.same_expert);
+    if (counts.by_rank != nullptr && slot.rank >= 0 && lane == __ffs(slot.first_of_rank) - 1)
+        counts.by_rank[slot.rank] += __popc(slot.first_of_rank);
+    if (slot.node >= 0 && lane == __ffs(slot.first_of_node) - 1)
+        counts.by_node[slot.node] += __popc(slot.first_of_node);
     __syncwarp();  // another lane may add to the same count in the next step
 }
 
@@ -74,16 +93,14 @@ __device__ __forceinline__ Range own_tokens(const ScanArgs& args) {
 }
 
 /// Count this warp's tokens into its own counts; returns the first bad slot, or kNoSlot.
-__device__ __forceinline__ uint32_t count_tokens(const ScanArgs& args,
-                                                 int32_t* by_expert,
-                                                 int32_t* by_rank) {
+__device__ __forceinline__ uint32_t count_tokens(const ScanArgs& args, const Counts& counts) {
     const Range tokens = own_tokens(args);
     const int tokens_per_step = kWarpSize >> args.topk_shift;
     uint32_t bad = kNoSlot;
     for (int64_t token = tokens.begin; token < tokens.end; token += tokens_per_step) {
         const Slot slot = look(args, token, tokens.end);
         if (slot.is_bad) bad = min(bad, static_cast<uint32_t>(slot.at));
-        add(slot, by_expert, by_rank);
+        add(slot, counts);
     }
     return __reduce_min_sync(kAllLanes, bad);
 }
@@ -97,13 +114,14 @@ __device__ __forceinline__ void clear(int32_t* counts, int num_counts) {
 
 extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
     ep_count_kernel(const __grid_constant__ ScanArgs args) {
-    extern __shared__ int32_t counts[];  // [warps, E + R]
+    extern __shared__ int32_t counts[];  // [warps, E + R + N]
     __shared__ uint32_t bad[kScanWarps];
-    const int num_keys = args.num_experts + args.num_ranks;
+    const int num_keys = args.num_experts + args.num_ranks + args.num_nodes;
     const int warp = threadIdx.x / kWarpSize;
     clear(counts, kScanWarps * num_keys);
     int32_t* own = counts + warp * num_keys;
-    const uint32_t first_bad = count_tokens(args, own, own + args.num_experts);
+    int32_t* by_rank = own + args.num_experts;
+    const uint32_t first_bad = count_tokens(args, {own, by_rank, by_rank + args.num_ranks});
     if (threadIdx.x % kWarpSize == 0) bad[warp] = first_bad;
     __syncthreads();
     for (int key = threadIdx.x; key < num_keys; key += blockDim.x) {
@@ -128,17 +146,23 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
             args.routes[i] = -1;
         return;
     }
-    const int num_keys = args.expand ? args.num_experts : args.num_ranks;
+    const int num_row_keys = args.expand ? args.num_experts : args.num_ranks;
+    const int num_keys = num_row_keys + args.num_nodes;
+    const int num_counts = args.num_experts + args.num_ranks + args.num_nodes;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     clear(next_rows, kScanWarps * num_keys);
     int32_t* own = next_rows + warp * num_keys;
-    count_tokens(args, args.expand ? own : nullptr, args.expand ? nullptr : own);
+    const Counts counts{args.expand ? own : nullptr, args.expand ? nullptr : own,
+                        own + num_row_keys};
+    count_tokens(args, counts);
     __syncthreads();
-    const int32_t* before = args.block_counts +
-                            static_cast<int64_t>(blockIdx.x) * (args.num_experts + args.num_ranks) +
-                            (args.expand ? 0 : args.num_experts);
+    const int32_t* before = args.block_counts + static_cast<int64_t>(blockIdx.x) * num_counts;
     for (int key = threadIdx.x; key < num_keys; key += blockDim.x) {
-        int32_t row = args.key_starts[key] + before[key];
+        int32_t row;  // or a token's place among those that go to a node
+        if (key < num_row_keys)
+            row = args.key_starts[key] + before[key + (args.expand ? 0 : args.num_experts)];
+        else
+            row = before[args.num_experts + args.num_ranks + key - num_row_keys];
         for (int w = 0; w < kScanWarps; ++w) {
             const int32_t count = next_rows[w * num_keys + key];
             next_rows[w * num_keys + key] = row;
@@ -161,8 +185,11 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
         if (has_row)
             row = own[args.expand ? slot.expert : slot.rank] +
                   __popc((args.expand ? slot.same_expert : slot.first_of_rank) & before_lane);
+        int32_t place_at_node = 0;
+        if (slot.node >= 0)
+            place_at_node = counts.by_node[slot.node] + __popc(slot.first_of_node & before_lane);
         __syncwarp();  // all lanes have read what the next line changes
-        add(slot, args.expand ? own : nullptr, args.expand ? nullptr : own);
+        add(slot, counts);
         // A token's rows stand in ascending (rank, slot) order, then -1.
         const unsigned with_row = __ballot_sync(kAllLanes, has_row) & own_token;
         int place = 0;
@@ -172,6 +199,28 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
             place += is_before && (with_row >> (first_lane + other) & 1);
         }
         if (!has_row) place = __popc(with_row) + __popc(~with_row & own_token & before_lane);
+        if (args.num_nodes != 0) {
+            const unsigned of_nodes = __ballot_sync(kAllLanes, slot.is_first_of_node) & own_token;
+            int node_place = 0;  // of this lane's node among the token's
+            for (int other = 0; other < lanes_per_token; ++other)
+                node_place +=
+                    __shfl_sync(kAllLanes, slot.is_first_of_node ? slot.node : args.num_nodes,
+                                first_lane + other) < slot.node;
+            const int64_t mine = token + (lane >> args.topk_shift);
+            const int64_t to = mine * args.num_nodes;
+            const int64_t node_plane = args.num_tokens * args.num_nodes;
+            if (slot.is_first_of_node) {
+                args.by_node[to + node_place] = slot.node;
+                args.by_node[node_plane + to + node_place] =
+                    slot.node == args.node ? static_cast<int32_t>(mine) : place_at_node;
+                args.by_node[2 * node_plane + to + node_place] =
+                    static_cast<int32_t>((slot.same_node & own_token) >> first_lane);
+            }
+            if (slot.is_there)
+                for (int i = __popc(of_nodes) + column; i < args.num_nodes; i += args.num_topk)
+                    for (int plane_of = 0; plane_of < 3; ++plane_of)
+                        args.by_node[plane_of * node_plane + to + i] = -1;
+        }
         if (!slot.is_there) continue;
         const int64_t at = slot.at - column + place;
         args.routes[at] = has_row ? slot.rank : -1;

@@ -3,21 +3,37 @@
 #include <cuda_runtime.h>
 #include <nvshmem_host.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "core/errors.h"
 #include "cuda/packed_protocol.h"
 
-// The host's stubs of the kernels in send.cu, which nvcc makes.
+// The host's stubs of the kernels in send.cu and post.cu, which nvcc makes.
 namespace ep::cuda {
 extern "C" void ep_packed_send_kernel(const PackedArgs);
 extern "C" void ep_packed_tell_kernel(const PackedArgs);
+extern "C" void ep_notify_send_kernel(const NotifyArgs);
 }  // namespace ep::cuda
 
 namespace ep::nvshmem {
-using cuda::ep_packed_send_kernel;
-using cuda::ep_packed_tell_kernel;
 namespace {
+
+struct Kernel {
+    const char* name;
+    const void* function;
+    size_t num_bytes;  // of its parameters
+};
+
+const Kernel kKernels[] = {
+    {"ep_packed_send_kernel", reinterpret_cast<const void*>(cuda::ep_packed_send_kernel),
+     sizeof(cuda::PackedArgs)},
+    {"ep_packed_tell_kernel", reinterpret_cast<const void*>(cuda::ep_packed_tell_kernel),
+     sizeof(cuda::PackedArgs)},
+    {"ep_notify_send_kernel", reinterpret_cast<const void*>(cuda::ep_notify_send_kernel),
+     sizeof(cuda::NotifyArgs)},
+};
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == kUniqueIdBytes);
 
@@ -171,15 +187,13 @@ void launch(const std::string& kernel,
             std::string params,
             uintptr_t stream) {
     joined("launch");
-    const bool is_send = kernel == "ep_packed_send_kernel";
-    require(is_send || kernel == "ep_packed_tell_kernel", "launch", "the kernel",
-            "one of those that put", kernel);
-    require(params.size() == sizeof(cuda::PackedArgs), "launch", "the parameters",
-            text(sizeof(cuda::PackedArgs), " bytes"), text(params.size()));
-    const auto* function = is_send ? reinterpret_cast<const void*>(ep_packed_send_kernel)
-                                   : reinterpret_cast<const void*>(ep_packed_tell_kernel);
+    const auto* found = std::find_if(std::begin(kKernels), std::end(kKernels),
+                                     [&](const Kernel& one) { return kernel == one.name; });
+    require(found != std::end(kKernels), "launch", "the kernel", "one of those that put", kernel);
+    require(params.size() == found->num_bytes, "launch", "the parameters",
+            text(found->num_bytes, " bytes"), text(params.size()));
     void* arguments[] = {params.data()};
-    check(cudaLaunchKernel(function, dim3(grid), dim3(block), arguments, 0,
+    check(cudaLaunchKernel(found->function, dim3(grid), dim3(block), arguments, 0,
                            reinterpret_cast<cudaStream_t>(stream)),
           "launch", kernel.c_str());
 }

@@ -41,7 +41,7 @@ uintptr_t allocate(size_t num_bytes);
 /// Where kernels of this rank reach a peer's memory of the same allocation; 0 if they do not.
 uintptr_t peer_address(uintptr_t address, int peer);
 
-/// Launch a kernel of send.cu.
+/// Launch a kernel of send.cu or post.cu.
 void launch(
     const std::string& kernel, unsigned grid, unsigned block, std::string params, uintptr_t stream);
 

@@ -5,10 +5,8 @@ before it moves: for each pair a block with the rows, and behind them what trave
 cross in chunks, so that the first can be put where they belong while later ones are on their way;
 what is beside them crosses in one piece.
 
-Outbox and inbox have two places, taken in turn: exchange n writes those of n - 2, which are read
-everywhere by then. Ranks begin exchange n when all have told each other so on the host, which each
-does after its GPU has reported from within call n - 1, behind all that belongs to exchange n - 2.
-R ranks.
+Ranks begin an exchange on their streams when all have posted its call, each behind all that belongs
+to the exchange before: so outbox, inbox and signals are free then. R ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,6 @@ from ep_megatron.backends.network import Network
 MAX_CHUNKS = 8
 _EPOCH_MASK = 0xFFFFFFFF  # of what an error names
 _SIGNAL_BYTES = 8
-_NUM_PLACES = 2
 _BESIDE = MAX_CHUNKS  # number of the put that carries what is beside the rows
 _NUM_PUTS = MAX_CHUNKS + 1
 _PART_ALIGNMENT = 64
@@ -109,7 +106,7 @@ class Exchange:
     Attributes:
         record: what crosses of each token.
         outbox: by receiver: to be filled before it is put.
-        inbox: by source: there when it was waited for. Both are valid until the next but one.
+        inbox: by source: there when it was waited for. Both are valid until the next.
     """
 
     crossing: "Crossing"
@@ -169,7 +166,7 @@ class Exchange:
             self.outbox[receiver].starts[0] + offset,
             self.targets[receiver] + offset,
             num_bytes,
-            crossing.signals(self.epoch, number) + _SIGNAL_BYTES * crossing.rank,
+            crossing.signals(number) + _SIGNAL_BYTES * crossing.rank,
             self.epoch,
         )
 
@@ -200,39 +197,39 @@ class Crossing:
         self.network = network
         self.rank, self._num_ranks = ranks
         self._device, self._timeout, self._chunk_bytes = device, timeout, chunk_bytes
-        self._signals = network.allocate(_NUM_PLACES * _NUM_PUTS * _SIGNAL_BYTES * self._num_ranks)
+        self._signals = network.allocate(_NUM_PUTS * _SIGNAL_BYTES * self._num_ranks)
         self._error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
-        self._epoch, self._place_bytes, self._outbox, self._inbox = 0, 0, 0, 0
+        self._epoch, self._room_bytes, self._outbox, self._inbox = 0, 0, 0, 0
 
     def begin(self, record: Record, traffic: Traffic) -> Exchange:
-        """Begin an exchange. Collective; all ranks give the same record and the same rows."""
+        """Begin an exchange, launched behind a meeting of all ranks. Collective.
+
+        All ranks give the same record and the same rows.
+        """
         self._make_room(record.room(traffic.most, self._num_ranks))
         self._epoch += 1
-        offset = self._epoch % _NUM_PLACES * self._place_bytes
         return Exchange(
             crossing=self,
             epoch=self._epoch,
             record=record,
-            outbox=self._piles(record, traffic.sent, self._outbox + offset),
-            inbox=self._piles(record, traffic.came, self._inbox + offset),
+            outbox=self._piles(record, traffic.sent, self._outbox),
+            inbox=self._piles(record, traffic.came, self._inbox),
             targets={
                 peer: self._inbox
-                + offset
                 + sum(record.starts(num_rows)[-1] for num_rows in traffic.before.get(peer, ()))
                 for peer in traffic.sent
             },
         )
 
-    def signals(self, epoch: int, number: int) -> int:
+    def signals(self, number: int) -> int:
         """Return where the signals, by source, of a put of an exchange are."""
-        index = epoch % _NUM_PLACES * _NUM_PUTS + number
-        return self._signals + index * _SIGNAL_BYTES * self._num_ranks
+        return self._signals + number * _SIGNAL_BYTES * self._num_ranks
 
     def wait(self, epoch: int, number: int, sources: Sequence[int]) -> None:
         """Launch what waits for one put from each of some ranks."""
         expected = [epoch if rank in sources else 0 for rank in range(self._num_ranks)]
         args = _cuda.CrossWaitArgs(
-            signals=self.signals(epoch, number),
+            signals=self.signals(number),
             expected=expected,
             num_ranks=self._num_ranks,
             epoch=epoch & _EPOCH_MASK or 1,
@@ -267,10 +264,10 @@ class Crossing:
         return piles
 
     def _make_room(self, num_bytes: int) -> None:
-        """Make places of at least `num_bytes`; all ranks know that they must. Collective if so."""
-        if num_bytes <= self._place_bytes:
+        """Make room for `num_bytes`; all ranks know that they must. Collective if so."""
+        if num_bytes <= self._room_bytes:
             return
         # What was there may still be written or read: it stays until the network is closed.
-        self._place_bytes = align(max(num_bytes, 2 * self._place_bytes))
-        self._outbox = self.network.allocate(_NUM_PLACES * self._place_bytes)
-        self._inbox = self.network.allocate(_NUM_PLACES * self._place_bytes)
+        self._room_bytes = align(max(num_bytes, 2 * self._room_bytes))
+        self._outbox = self.network.allocate(self._room_bytes)
+        self._inbox = self.network.allocate(self._room_bytes)

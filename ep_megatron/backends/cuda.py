@@ -20,7 +20,7 @@ from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, DeviceA
 from ep_megatron.backends.device_calls import Send, Sum
 from ep_megatron.backends.device_links import expand, stage
 from ep_megatron.backends.device_meeting import DeviceMeeting
-from ep_megatron.backends.device_rows import Sizes, limit_error
+from ep_megatron.backends.device_rows import Sizes, handle_of, limit_error
 from ep_megatron.backends.meeting import Meeting
 from ep_megatron.config import MIB, BufferConfig
 from ep_megatron.handle import AnyHandle, DeviceHandle, DispatchHandle
@@ -88,25 +88,8 @@ class CudaBackend:
         report, sizes, block = self._send(send, scan, None, self._whole(send))
         plan_id = self._meeting.ticket
         received, links = self._receive(send, block, sizes.num_rows[self.rank])
-        alignment = routing.expert_alignment
-        handle = DispatchHandle(
-            plan_id=plan_id,
-            rank=self.rank,
-            num_ranks=self.num_ranks,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            num_experts=routing.num_experts,
-            expand=routing.expand,
-            expert_alignment=alignment,
-            routes=self._device.tensor(routes),
-            num_rows_per_rank=tuple(sizes.num_rows),
-            num_tokens_per_rank=tuple(report.per_rank[self.rank]),
-            num_recv_tokens_per_rank=tuple(row[self.rank] for row in report.per_rank),
-            num_recv_tokens_per_expert=tuple(align(n, alignment) for n in sizes.valid),
-            num_valid_tokens_per_expert=tuple(sizes.valid),
-            topk_idx=None if routing.expand else routing.topk_idx.clone(),
-            links=links,
-        )
+        ranks, found = (self.rank, self.num_ranks), self._device.tensor(routes)
+        handle = handle_of(report, sizes, routing, ranks, plan_id, found, links)
         if announce is not None:
             announce(received, handle)
         return received, handle

@@ -7,8 +7,9 @@ by chunk, while later chunks are on their way. So rows arrive as over any other 
 bit. Combine goes the same way back: each node sums a token's rows, the gateway returns one row, and
 the token's rank adds the nodes' sums. The sums are those of the `hierarchical` backend.
 
-What is launched is in `node_rows`. Ranks still plan and tell their counts on the host,
-from a copy of `topk_idx`.
+What is launched is in `node_rows`. All ranks meet on the device, those of other nodes by the
+network, and the host learns from there how much goes where; then those of a node meet once more, to
+offer each other memory.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,16 @@ import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
-from ep_megatron.arguments import check_topk_range
 from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.crossing import Crossing, Traffic
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.device import Device
-from ep_megatron.backends.device_rows import limit_error
-from ep_megatron.backends.host_plan import HostPlan
+from ep_megatron.backends.device_meeting import DeviceMeeting
+from ep_megatron.backends.device_rows import Sizes, handle_of, limit_error
 from ep_megatron.backends.meeting import Meeting, check_working
 from ep_megatron.backends.network import Network
-from ep_megatron.backends.node_ends import Ends, Fresh, Place, by_node
+from ep_megatron.backends.node_ends import Ends, Fresh, Place
 from ep_megatron.backends.node_rows import Returning, Sending
 from ep_megatron.config import BufferConfig
 from ep_megatron.handle import AnyHandle, DispatchHandle, NodeHop
@@ -39,7 +39,7 @@ class CudaNodesBackend:
     """See `Backend`. Collective constructor.
 
     Args:
-        meeting: of all ranks; every call meets there first, on the host.
+        meeting: of all ranks, for what is rare: setting up.
         inside: of the ranks of this node.
         device: this rank's.
         network: between all ranks.
@@ -69,7 +69,7 @@ class CudaNodesBackend:
         ):
             if actual > most:
                 raise ValueError(f"Buffer: expected at most {most} {what}, got {actual}")
-        self._meeting, self._inside, self._device = meeting, inside, device
+        self._inside, self._device = inside, device
         self.device, self.network = device, network  # for low-latency calls beside
         self._place = Place(device, self.nodes, self.rank, min(config.num_sms, device.num_sms))
         self._is_wire_exact = config.float32_between_hosts
@@ -80,20 +80,24 @@ class CudaNodesBackend:
             config.timeout,
             config.chunk_bytes_between_hosts,
         )
-        self._num_calls, self._broken = 0, ""
+        near = self.nodes.members[self.nodes.host_of[self.rank]]
+        self._everyone = DeviceMeeting(
+            device, meeting, config.timeout, self._place.num_sms, 0, far=(network, near)
+        )
+        self._broken = ""
 
     # -- the three operations ---------------------------------------------------------------------
 
     def dispatch(
         self, rows: Rows, routing: Routing, announce: Announce | None = None
     ) -> tuple[Rows, DispatchHandle]:
-        """See `Backend.dispatch`. Reads `topk_idx` on the host."""
+        """See `Backend.dispatch`."""
         rows, routing = rows.contiguous(), routing.contiguous()
-        handle, hop = self._plan(rows, routing)
-        fresh = Fresh.of(self._device, handle, hop, routing, self._came(hop))
+        handle, hop, fresh = self._plan(rows, routing)
         ends = fresh.ends()
         received = self._dispatch(rows, hop, ends, fresh)
-        handle = replace(handle, hop=ends.kept(self._device, hop))
+        routes = self._device.tensor(fresh.routes)
+        handle = replace(handle, routes=routes, hop=ends.kept(self._device, hop))
         if announce is not None:
             announce(received, handle)
         return received, handle
@@ -161,15 +165,13 @@ class CudaNodesBackend:
     def fail(self, operation: str, error: str) -> None:
         """See `Backend.fail`."""
         self._check(operation)
-        try:
-            self._meeting.agree(operation, None, error)
-        except ValueError:
-            return  # the others' copy of the error this rank is about to raise
-        raise AssertionError("a reported error was not returned")
+        with self._device.on_stream():
+            self._everyone.fail(operation, error)
 
     def interrupt(self) -> None:
         """See `Backend.interrupt`. A kernel keeps its deadline; the next call gives up."""
         self._broken = self._broken or "a call was interrupted"
+        self._everyone.close(self._broken)
         self._inside.interrupt()
 
     def limit_threads(self, num_threads: int) -> None:
@@ -178,43 +180,43 @@ class CudaNodesBackend:
     def close(self) -> None:
         """See `Backend.close`. The network is its owner's to close, behind this."""
         self._broken = self._broken or "it was destroyed"
+        self._everyone.close(self._broken)
         self._inside.close()
 
     # -- dispatch ---------------------------------------------------------------------------------
 
-    def _plan(self, rows: Rows, routing: Routing) -> tuple[DispatchHandle, NodeHop]:
-        """Agree, and plan this rank's rows; the hop's tensors of `Ends` are still to be filled."""
-        call = Call.of("dispatch", rows, routing)
-        planned = replace(routing, topk_idx=routing.topk_idx.cpu())
-        error = limit_error(call)
-        try:
-            check_topk_range("dispatch", planned.topk_idx, routing.num_experts)
-        except ValueError as found:
-            error = str(found).removeprefix("dispatch: ")
-        if error:
-            self.fail("dispatch", error)
-            raise ValueError(f"dispatch: {error}")
-        plan = HostPlan(self.nodes, self.rank, planned)
-        self._agree("dispatch", call)
-        try:
-            everyone = self._meeting.exchange("dispatch", plan.counts)
-        except BaseException as error:
-            self._broken = str(error) or type(error).__name__
-            raise
-        counts, device = plan.all_counts(everyone), routing.topk_idx.device
-        handle = plan.handle(self._num_calls, counts)
-        way = plan.hop(handle, counts)
-        idx = None if handle.topk_idx is None else handle.topk_idx.to(device)
+    def _plan(self, rows: Rows, routing: Routing) -> tuple[DispatchHandle, NodeHop, Fresh]:
+        """Agree and plan; tensors of handle and hop are what `Fresh` has, to be read later."""
+        device, topk_idx = self._device, routing.topk_idx
+        call = self._begin("dispatch", rows, routing)
+        given = device.input(topk_idx)
+        routes = device.output(torch.int32, (3, *topk_idx.shape))
+        by_node = device.output(torch.int32, (3, len(topk_idx), self.nodes.num_hosts))
+        scan = self._everyone.scan(given.address, call, len(topk_idx), routes.address)
+        scan.num_nodes, scan.node = self.nodes.num_hosts, self.nodes.host_of[self.rank]
+        scan.node_of, scan.by_node = list(self.nodes.host_of), by_node.address
+        with device.on_stream():
+            report = self._everyone.meet("dispatch", call, scan=scan)
+            self._everyone.agree("dispatch", report)
+        sizes, ranks = Sizes.of(report, call, self.rank), (self.rank, self.num_ranks)
+        nothing, number = topk_idx[:0], self._everyone.ticket
+        handle = handle_of(report, sizes, routing, ranks, number, nothing)
+        here = self.nodes.members[scan.node]
         hop = NodeHop(
-            # Of the host's plan, sizes alone: tensors are the device's.
             inner=replace(
-                way.inner, num_tokens=handle.num_tokens, routes=handle.routes[:0], topk_idx=None
+                handle,
+                rank=self.nodes.index_of[self.rank],
+                num_ranks=len(here),
+                num_experts=handle.num_local_experts * len(here),
+                num_rows_per_rank=tuple(sizes.num_rows[rank] for rank in here),
+                topk_idx=None,
             ),
-            by_node=by_node(way).to(device),
-            forwarded=handle.routes[:0],
-            num_to_node=tuple(map(tuple, plan.split(everyone)[2].tolist())),
+            by_node=nothing,
+            forwarded=nothing,
+            num_to_node=tuple(map(tuple, report.per_node)),
         )
-        return replace(handle, routes=handle.routes.to(device), topk_idx=idx), hop
+        came = [n for (_, to), n in sorted(self._leaving(hop).items()) if to == self.rank]
+        return handle, hop, Fresh.of(device, routing, given, (routes, by_node), came)
 
     def _dispatch(self, rows: Rows, hop: NodeHop, ends: Ends, fresh: Fresh | None = None) -> Rows:
         """Send rows to their gateways and forward those of others; return what arrives."""
@@ -247,30 +249,27 @@ class CudaNodesBackend:
             if count and node != self.nodes.host_of[rank]
         }
 
-    def _came(self, hop: NodeHop) -> list[int]:
-        """Return how many tokens each rank that this one forwards for sends it, ascending."""
-        leaving = self._leaving(hop)
-        return [count for (_, target), count in sorted(leaving.items()) if target == self.rank]
-
     # -- the whole group --------------------------------------------------------------------------
+
+    def _begin(self, operation: str, rows: Rows, by: Routing | DispatchHandle) -> Call:
+        """Describe a call, or raise why it cannot be; the other ranks hear of it."""
+        self._check(operation)
+        call = Call.of(operation, rows, by)
+        error = limit_error(call)
+        if isinstance(by, DispatchHandle) and not isinstance(by.hop, NodeHop):
+            error = "expected the handle to be one of this backend, got one of another"
+        if error:
+            self.fail(operation, error)
+            raise ValueError(f"{operation}: {error}")
+        return call
 
     def _begin_again(self, operation: str, rows: Rows, handle: DispatchHandle) -> NodeHop:
         """Agree on a call along a handle; return its way."""
-        hop, call = handle.hop, Call.of(operation, rows, handle)
-        error = limit_error(call)
-        if not isinstance(hop, NodeHop):
-            error = "expected the handle to be one of this backend, got one of another"
-        if error or not isinstance(hop, NodeHop):
-            self.fail(operation, error)
-            raise ValueError(f"{operation}: {error}")
-        self._agree(operation, call)
-        return hop
-
-    def _agree(self, operation: str, call: Call) -> None:
-        """Raise on every rank if not all make the same call."""
-        self._check(operation)
-        self._meeting.agree(operation, call)
-        self._num_calls += 1
+        call = self._begin(operation, rows, handle)
+        with self._device.on_stream():
+            self._everyone.agree(operation, self._everyone.meet(operation, call))
+        assert isinstance(handle.hop, NodeHop)
+        return handle.hop
 
     def _check(self, operation: str) -> None:
         check_working(operation, self._broken)

@@ -3,13 +3,17 @@
 The kernels are in csrc/cuda/notify.cu, who writes and reads what in csrc/cuda/protocol.h.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ep_megatron import _cuda
 from ep_megatron.backends.base import DTYPES, Call, PeerReport, check_agreement
 from ep_megatron.backends.device import Device, check_not_capturing
-from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block, share
+from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block
 from ep_megatron.backends.meeting import Meeting, check_working
+from ep_megatron.backends.network import Network
+from ep_megatron.backends.reach import Reach
 
 _HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadline that the kernels keep
 _TICKET_MASK = 0xFFFFFFFF
@@ -23,7 +27,9 @@ class DeviceMeeting:
         meeting: the ranks.
         timeout: seconds that a rank waits for the others.
         num_sms: most blocks of a kernel.
-        slabs: address of the table of all ranks' memory.
+        slabs: address of the table of all ranks' memory; 0 if posts name no rows.
+        far: the network, and the ranks that are not behind it; None if all ranks' devices reach
+            each other's memory.
 
     Attributes:
         ticket: number of the last call, as the host counts; the same on all ranks.
@@ -31,15 +37,21 @@ class DeviceMeeting:
     """
 
     def __init__(
-        self, device: Device, meeting: Meeting, timeout: float, num_sms: int, slabs: int
+        self,
+        device: Device,
+        meeting: Meeting,
+        timeout: float,
+        num_sms: int,
+        slabs: int,
+        far: tuple[Network, Sequence[int]] | None = None,
     ) -> None:
         self.rank, self.num_ranks, self.num_sms = meeting.rank, meeting.num_ranks, num_sms
         self.ticket = 0
         self._device, self._timeout, self._slabs = device, timeout, slabs
         self._broken = ""
-        controls = share(device, meeting, "Buffer", _cuda.CONTROL_BYTES, is_zeroed=True)
-        self._controls = [address or 0 for address in controls]
-        num_keys = _cuda.MAX_EXPERTS + self.num_ranks
+        self._reach = Reach(device, far)
+        self._controls = self._reach.share(meeting, _cuda.CONTROL_BYTES)
+        num_keys = _cuda.MAX_EXPERTS + self.num_ranks + _cuda.MAX_NODES
         self._block_counts = device.allocate(4 * num_keys * num_sms)
         self._block_bad = device.allocate(4 * num_sms)
         self._key_starts = device.allocate(4 * num_keys)
@@ -115,8 +127,9 @@ class DeviceMeeting:
             self._launch(args, call, scan)
             patience = self._timeout + _HOST_GRACE
             is_there = self._device.wait_for_word(self._report, self.ticket, patience)
-            num_experts = 0 if scan is None else scan.num_experts
-            report = _cuda.read_report(self._report.read(), self.num_ranks, num_experts)
+            num_experts, num_nodes = (0, 0) if scan is None else (scan.num_experts, scan.num_nodes)
+            data = self._report.read()
+            report = _cuda.read_report(data, self.num_ranks, num_experts, num_nodes)
             self._check_progress(operation, is_there, report)
         except BaseException as exception:
             # What this rank's kernels still do is unknown from here on.
@@ -243,14 +256,24 @@ class DeviceMeeting:
         self, args: _cuda.NotifyArgs, call: Call | None, scan: _cuda.ScanArgs | None
     ) -> None:
         if scan is None:
-            self._device.launch(_cuda.plan_notify(args))
+            self._notify(args)
             return
         assert call is not None
         self._device.launch(_cuda.plan_count(scan, self.num_sms))
         num_blocks = _cuda.num_scan_blocks(scan.num_tokens, self.num_sms)
         args.set_counts(scan, num_blocks=num_blocks, alignment=call.expert_alignment)
-        self._device.launch(_cuda.plan_notify(args))
+        self._notify(args)
         self._device.launch(_cuda.plan_route(scan, self.num_sms))  # needs no word from the host
+
+    def _notify(self, args: _cuda.NotifyArgs) -> None:
+        """Post and wait for all posts; in between, cards bring this rank's to where it is far."""
+        args.has_far = not all(self._controls)
+        args.posts, args.meets = True, not args.has_far
+        self._device.launch(_cuda.plan_notify(args))
+        if args.has_far:
+            self._reach.launch_far(_cuda.plan_notify_send(args))
+            args.posts, args.meets = False, True
+            self._device.launch(_cuda.plan_notify(args))
 
     def _check_progress(self, operation: str, is_there: bool, report: _cuda.Report) -> None:
         epoch, seen = _cuda.read_arrive_error(self._arrive_error.read(), self.num_ranks)

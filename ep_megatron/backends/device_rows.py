@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
-from ep_megatron.backends.base import Call, Rows
+from ep_megatron.backends.base import Call, Routing, Rows
 from ep_megatron.backends.device_arena import align
 from ep_megatron.fp8 import Fp8Recipe
+from ep_megatron.handle import DispatchHandle
 
 _PART_ALIGNMENT = 64
 _MAX_ROWS = (1 << 31) - 1  # addresses are int32
@@ -137,6 +138,47 @@ class Sizes:
             )
         first = rank * experts_per_rank
         return Sizes(num_rows, report.per_expert[first : first + experts_per_rank])
+
+
+def handle_of(
+    report: _cuda.Report,
+    sizes: Sizes,
+    routing: Routing,
+    ranks: tuple[int, int],
+    plan_id: int,
+    routes: Tensor,
+    links: Tensor | None = None,
+) -> DispatchHandle:
+    """Return the handle of a fresh dispatch, of what all ranks' counts and the device say.
+
+    Args:
+        report: of the meeting.
+        sizes: that follow from it.
+        routing: of this rank.
+        ranks: this one and how many there are.
+        plan_id: number of the dispatch.
+        routes: `[3, T, K]`.
+        links: between received rows, where there are some.
+    """
+    rank, alignment = ranks[0], routing.expert_alignment
+    return DispatchHandle(
+        plan_id=plan_id,
+        rank=rank,
+        num_ranks=ranks[1],
+        num_tokens=len(routing.topk_idx),
+        num_topk=routing.topk_idx.shape[1],
+        num_experts=routing.num_experts,
+        expand=routing.expand,
+        expert_alignment=alignment,
+        routes=routes,
+        num_rows_per_rank=tuple(sizes.num_rows),
+        num_tokens_per_rank=tuple(report.per_rank[rank]),
+        num_recv_tokens_per_rank=tuple(row[rank] for row in report.per_rank),
+        num_recv_tokens_per_expert=tuple(align(n, alignment) for n in sizes.valid),
+        num_valid_tokens_per_expert=tuple(sizes.valid),
+        topk_idx=None if routing.expand else routing.topk_idx.clone(),
+        links=links,
+    )
 
 
 def limit_error(call: Call) -> str:

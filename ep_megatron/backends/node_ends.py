@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ep_megatron.backends.base import Routing
 from ep_megatron.backends.crossing import Pile
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_arena import align
-from ep_megatron.handle import DispatchHandle, HostHop, NodeHop
+from ep_megatron.handle import NodeHop
 from ep_megatron.hosts import Hosts
 
 ITEM_BYTES = 4  # of routes, and of expert ids between nodes
@@ -41,19 +40,6 @@ class Place:
         addresses = [blocks.get(gateway, 0) for gateway in gateways]
         addresses[self.node] = own
         return addresses
-
-
-def by_node(hop: HostHop) -> Tensor:
-    """Return `NodeHop.by_node` of what was planned on the host."""
-    row, is_slot = hop.row_in_host, hop.is_slot_in_host
-    num_nodes = row.shape[1]
-    node = torch.arange(num_nodes).expand_as(row)
-    order = torch.where(row < 0, num_nodes, node).argsort(dim=1, stable=True)
-    bits = 1 << torch.arange(is_slot.shape[1])
-    slots = (is_slot * bits[:, None]).sum(1).gather(1, order)
-    slots = torch.where(slots < 1 << 31, slots, slots - (1 << 32))  # the bits of an int32
-    found = row.gather(1, order)
-    return torch.stack([torch.where(found < 0, -1, order), found, slots]).int()
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,8 @@ class Ends:
             routes=own[:ROUTE_PLANES],
             topk_idx=None if self.idx is None else own[ROUTE_PLANES],
         )
-        return replace(hop, inner=inner, forwarded=device.tensor(self.forwarded))
+        by_node, forwarded = device.tensor(self.by_node), device.tensor(self.forwarded)
+        return replace(hop, inner=inner, by_node=by_node, forwarded=forwarded)
 
 
 @dataclass(frozen=True)
@@ -121,20 +108,28 @@ class Fresh:
     @staticmethod
     def of(
         device: Device,
-        handle: DispatchHandle,
-        hop: NodeHop,
         routing: Routing,
+        topk_idx: Memory,
+        found: tuple[Memory, Memory],
         num_forwarded: Sequence[int],
     ) -> "Fresh":
-        """Make room for what is to be filled; `num_forwarded`: tokens, by source."""
-        shape = (handle.num_tokens, handle.num_topk)
+        """Make room for what is to be filled.
+
+        Args:
+            device: this rank's.
+            routing: of this rank.
+            topk_idx: of it.
+            found: `routes` and `by_node`.
+            num_forwarded: tokens, by source.
+        """
+        num_tokens, num_topk = routing.topk_idx.shape
         planes = ROUTE_PLANES + (not routing.expand)
-        num_bytes = sum(_plan_bytes(planes, n, handle.num_topk) for n in num_forwarded)
+        num_bytes = sum(_plan_bytes(planes, n, num_topk) for n in num_forwarded)
         return Fresh(
-            by_node=device.input(hop.by_node),
-            routes=device.input(handle.routes),
-            topk_idx=None if routing.expand else device.input(routing.topk_idx),
-            own=device.output(torch.int32, (planes, *shape)),
+            by_node=found[1],
+            routes=found[0],
+            topk_idx=None if routing.expand else topk_idx,
+            own=device.output(torch.int32, (planes, num_tokens, num_topk)),
             forwarded=device.output(torch.int32, (num_bytes // ITEM_BYTES,)),
             idx_dtype=None if routing.expand else routing.topk_idx.dtype,
         )

@@ -92,11 +92,20 @@ done:
 
 
 @cache
-def far_ptx() -> list[str]:
-    """Return the PTX of `_nvshmem` that holds our kernels, and nothing of NVSHMEM."""
+def _ptx_with(kernels: str) -> list[str]:
     path = import_module("ep_megatron._nvshmem").__file__
     assert path is not None
-    return [ptx for ptx in embedded_ptx(Path(path)) if ".entry ep_packed_" in ptx]
+    return [ptx for ptx in embedded_ptx(Path(path)) if f".entry {kernels}" in ptx]
+
+
+def far_ptx() -> list[str]:
+    """Return the PTX of `_nvshmem` with our low-latency kernels, and nothing of NVSHMEM."""
+    return _ptx_with("ep_packed_")
+
+
+def post_ptx() -> list[str]:
+    """Return the PTX of `_nvshmem` with what brings posts to far ranks; likewise."""
+    return _ptx_with("ep_notify_")
 
 
 @dataclass(frozen=True)
@@ -282,7 +291,7 @@ class Nodes(Ranks):
     ) -> None:
         num_ranks = self.num_ranks = len(layout)
         self.machine = Machine(num_ranks, seed=seed, mode=mode)
-        for ptx in (HOST_PTX, _CARD, *(kernels or shipped_ptx())):
+        for ptx in (HOST_PTX, _CARD, *(kernels or shipped_ptx()), *post_ptx()):
             self.machine.load(ptx)
         hosts = Hosts.from_ids(layout)
         self.fabric = Fabric(hosts)

@@ -24,7 +24,8 @@ _ACCESS = re.compile(r"\b(ld|st)((?:\.[a-z]+)*?)\.(global|shared|local)((?:\.v\d
 
 def sources() -> list[Path]:
     """Return the sources of our kernels; what calls into NVSHMEM is linked later."""
-    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "nvshmem" / "send.cu"]
+    far = [ROOT / "csrc" / "nvshmem" / name for name in ("post.cu", "send.cu")]
+    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *far]
 
 
 def flags_of(source: Path) -> tuple[str, ...]:

@@ -159,8 +159,8 @@ def not_crossing(kernels: list[str], seed: int, mode: str) -> Reports:
 
 WORKLOADS: dict[str, list[Workload]] = {
     "ep_count_kernel": [arriving],
-    "ep_route_kernel": [arriving],
-    "ep_notify_kernel": [arriving, within, not_arriving],
+    "ep_route_kernel": [arriving, crossing],
+    "ep_notify_kernel": [arriving, crossing, within, not_arriving],
     "ep_arrive_kernel": [arriving, not_arriving],
     "ep_packed_": PACKED,
     "ep_cross_wait_kernel": [crossing, not_crossing],
