@@ -28,8 +28,8 @@ _MASKED = (
     "writes to its memory only behind the acquire of the same word in begin"
 )
 _TICKET = (
-    "the ticket of the report of replays, which an emulated host makes 0 while no kernel of its GPU "
-    "runs: what the acquire orders is not emulated"
+    "the ticket of the report of replays, which an emulated host makes 0 while no kernel of its "
+    "GPU runs: what the acquire orders is not emulated"
 )
 HARMLESS: dict[tuple[str, str], tuple[int, str]] = {
     ("ep_packed_meet_kernel", "acquire to relaxed"): (5, f"four: {_MASKED}; one: {_TICKET}"),
