@@ -5,6 +5,7 @@ from pathlib import Path
 
 BACKENDS = ("auto", "shared_memory", "hierarchical", "process_group", "cuda")
 MIB = 1 << 20
+MAX_CHUNKS = 8  # in which rows cross from one rank to another, between nodes of GPUs
 
 
 @dataclass(frozen=True, kw_only=True)

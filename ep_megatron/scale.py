@@ -9,12 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ep_megatron.config import MAX_CHUNKS, BufferConfig
 from ep_megatron.hosts import MANY_COUNTS
 from ep_megatron.sizes import Config, default_config, low_latency_size_hint
 
 _BLOCK = 128  # columns of a scale
-_POST_BYTES = 672  # of a rank's word on a call, beside its counts (csrc/cuda/protocol.h)
-_SLOT_BYTES = 2 + 4  # expert id and weight that travel between nodes for each slot
+_POST_BYTES = 688  # of a rank's word on a call, beside its counts (csrc/cuda/protocol.h)
+SLOT_BYTES = 3 * 4 + 4  # route and weight that travel between nodes for each slot
+ROW_BYTES = 4 + 8  # weight and link that travel inside a node with each expert's row
 _DEEPEP_SMS = 20
 MICROSECOND = 1e-6
 
@@ -131,14 +133,13 @@ def expected_groups(num_items: int, num_groups: int, num_drawn: int) -> float:
     return num_groups * (1 - missed)
 
 
-def plan(num_ranks: int, layer: Layer, fabric: Fabric, chunk: int = 256) -> Plan:
+def plan(num_ranks: int, layer: Layer, fabric: Fabric) -> Plan:
     """Work out a group of ranks.
 
     Args:
         num_ranks: R; a multiple of a node's where there is more than one node.
         layer: what is routed.
         fabric: the machine.
-        chunk: rows that cross the network under one signal.
 
     Raises:
         ValueError: if the ranks do not fill their nodes, or experts do not fill the ranks.
@@ -168,13 +169,14 @@ def plan(num_ranks: int, layer: Layer, fabric: Fabric, chunk: int = 256) -> Plan
     nodes_per_token = expected_groups(experts, limited, drawn)
     elsewhere = (nodes - 1) / nodes
     tokens, scales = layer.num_tokens, 4 * layer.hidden // _BLOCK
-    sent = layer.hidden + scales + _SLOT_BYTES * layer.num_topk, 2 * layer.hidden
+    rows = layer.hidden + scales, 2 * layer.hidden  # bytes of one, to the experts and back
+    sent = rows[0] + SLOT_BYTES * layer.num_topk
+    spread = rows[0] + ROW_BYTES * layer.num_topk / ranks_per_token
     crossing = tokens * nodes_per_token * elsewhere  # rows to other nodes
     inside = tokens * ranks_per_token * (1 - 1 / per_node)  # rows that the gateway does not keep
-    network = crossing * sent[0], crossing * sent[1]
-    nvlink = inside * sent[0], inside * sent[1]
-    puts = (nodes - 1) * math.ceil(crossing / max(nodes - 1, 1) / chunk)
-    messages = num_ranks - per_node + puts
+    network = crossing * sent, crossing * rows[1]
+    nvlink = inside * spread, inside * rows[1]
+    messages = num_ranks - per_node + _puts(crossing, nodes - 1, rows[0])
     calls = tokens * layer.num_topk * elsewhere / tokens * layer.low_latency_tokens
     return Plan(
         num_ranks=num_ranks,
@@ -187,7 +189,7 @@ def plan(num_ranks: int, layer: Layer, fabric: Fabric, chunk: int = 256) -> Plan
         messages=messages,
         counts=_counts(num_ranks, nodes, num_experts),
         counts_to_all=(num_ranks - 1) * (_POST_BYTES + 4 * (num_ranks + num_experts)),
-        received=layer.busiest * tokens * ranks_per_token * sent[0] + network[0],
+        received=layer.busiest * tokens * ranks_per_token * spread + network[0],
         deepep_buffers=_deepep_buffers(num_ranks, layer),
         low_latency_window=4 * num_experts * layer.low_latency_tokens * (2 * layer.hidden + 4),
         deepep_low_latency=low_latency_size_hint(
@@ -241,6 +243,15 @@ def _counts(num_ranks: int, nodes: int, num_experts: int) -> int:
     telling = _POST_BYTES + 4 * (num_places // nodes + 1)
     answer = 2 * 4 * num_places // nodes
     return (num_ranks - 1) * telling + (nodes - 1) * answer
+
+
+def _puts(num_rows: float, num_gateways: int, row_bytes: int) -> int:
+    """Return in how many puts rows cross, and what is beside them; see `backends.crossing`."""
+    if num_gateways == 0:
+        return 0
+    each = num_rows / num_gateways
+    least = math.ceil(BufferConfig.chunk_bytes_between_hosts / row_bytes)
+    return num_gateways * (math.ceil(each / max(math.ceil(each / MAX_CHUNKS), least)) + 1)
 
 
 def _deepep_buffers(num_ranks: int, layer: Layer) -> int:

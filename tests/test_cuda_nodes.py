@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ep_megatron.backends.base import Backend, Routing, Rows
+from ep_megatron.config import MAX_CHUNKS
 from ep_megatron.fp8 import FP8, MXFP8
 from tests.routing import Case
 from tests.test_dispatch import HANDLE_NUMBERS
@@ -25,7 +26,7 @@ from tests.test_hierarchical import node_sums, node_weights
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 pytest.importorskip("ep_megatron._nvshmem", reason="built without NVSHMEM")
 
-from ep_megatron.backends.crossing import MAX_CHUNKS, Crossing
+from ep_megatron.backends.crossing import Crossing
 from tests.cuda import nic
 from tests.cuda.layers import Form, run_with_buffers
 from tests.cuda.layers import check as check_layers

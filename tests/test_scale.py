@@ -8,9 +8,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ep_megatron.backends.host_plan import WIRE_IDX_DTYPE
 from ep_megatron.cli import app
-from ep_megatron.scale import FABRICS, Fabric, Layer, expected_groups, plan, plans
+from ep_megatron.scale import (
+    FABRICS,
+    ROW_BYTES,
+    SLOT_BYTES,
+    Fabric,
+    Layer,
+    expected_groups,
+    plan,
+    plans,
+)
 from ep_megatron.scale_routing import read_routing
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -43,9 +51,10 @@ def test_bytes_are_those_of_drawn_routings(max_nodes: int) -> None:
         nodes = ranks.view(4000, 4, 4).amax(2)
         crossing += int(nodes.sum() - nodes[:, source // 4].sum())
         forwarded += int(ranks.sum() - ranks.view(4000, 4, 4)[:, :, source % 4].sum())
-    row = 256 + 8 + 3 * (WIRE_IDX_DTYPE.itemsize + 4)
-    assert found.network[0] == pytest.approx(crossing / 16 * row, rel=0.01)
-    assert found.nvlink[0] == pytest.approx(forwarded / 16 * row, rel=0.01)
+    assert found.network[0] == pytest.approx(crossing / 16 * (264 + 3 * SLOT_BYTES), rel=0.01)
+    # Of the rows that the experts get, those that their own gateway has are not forwarded.
+    beside = 3 * ROW_BYTES / found.ranks_per_token
+    assert found.nvlink[0] == pytest.approx(forwarded / 16 * (264 + beside), rel=0.01)
     assert found.network[1] == pytest.approx(crossing / 16 * 512, rel=0.01)
 
 

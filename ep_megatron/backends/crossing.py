@@ -17,8 +17,8 @@ from ep_megatron import _cuda
 from ep_megatron.backends.device import Device
 from ep_megatron.backends.device_arena import align
 from ep_megatron.backends.network import Network
+from ep_megatron.config import MAX_CHUNKS
 
-MAX_CHUNKS = 8
 _EPOCH_MASK = 0xFFFFFFFF  # of what an error names
 _SIGNAL_BYTES = 8
 _BESIDE = MAX_CHUNKS  # number of the put that carries what is beside the rows

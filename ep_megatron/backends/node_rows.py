@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ep_megatron import _cuda
 from ep_megatron.backends.base import Call, Rows
-from ep_megatron.backends.crossing import MAX_CHUNKS, Exchange, Pile, Record
+from ep_megatron.backends.crossing import Exchange, Pile, Record
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_calls import Send, Sum
 from ep_megatron.backends.device_links import SUM_DTYPES, address_of
 from ep_megatron.backends.node_ends import ITEM_BYTES, ROUTE_PLANES, Ends, Fresh, Place, plans
+from ep_megatron.config import MAX_CHUNKS
 from ep_megatron.handle import DispatchHandle, NodeHop
 
 _SCALES, _WEIGHTS, _PLAN = 1, 2, 3  # parts of a block, behind the rows of a dispatch
