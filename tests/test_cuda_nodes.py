@@ -7,11 +7,12 @@ tests/cuda/nic.py. Sums are compared with the definition that tests/test_hierarc
 
 import itertools
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -26,11 +27,11 @@ from tests.test_hierarchical import node_sums, node_weights
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 pytest.importorskip("ep_megatron._nvshmem", reason="built without NVSHMEM")
 
-from ep_megatron.backends.crossing import Crossing
+from ep_megatron.backends.crossing import Crossing, Record, Traffic
 from tests.cuda import nic
 from tests.cuda.layers import Form, run_with_buffers
 from tests.cuda.layers import check as check_layers
-from tests.cuda.nic import Nodes, gathered, post_ptx
+from tests.cuda.nic import EmulatedNvshmem, Nodes, gathered, post_ptx
 from tests.test_cuda_backend import error_of, same, same_rows
 
 CASES = {
@@ -297,6 +298,57 @@ def test_a_post_that_is_not_put_is_missed(left_out: int, monkeypatch: pytest.Mon
         nodes.run(call)
 
 
+def test_a_post_may_be_overtaken_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 needs nothing of rank 1 but its posts, so it may be a call ahead of its own."""
+    nodes = Nodes("AB")
+    put, late = EmulatedNvshmem.put_from_kernel, []
+
+    def put_second_late(self: EmulatedNvshmem, *arguments: int) -> None:
+        if self._meeting.rank == 1 or arguments[-2] != 2:
+            put(self, *arguments)
+            return
+        late.append(threading.Timer(0.3, put, (self, *arguments)))
+        late[0].start()
+
+    monkeypatch.setattr(EmulatedNvshmem, "put_from_kernel", put_second_late)
+
+    def call(backend: Backend, _reference: Backend) -> None:
+        idx = torch.full((3, 2), 2 * backend.rank)  # of the rank itself
+        for number in range(4):
+            x = torch.full((3, 16), float(number))
+            assert torch.equal(backend.dispatch(Rows(x), Routing(idx, 4))[0].x, x)
+
+    nodes.run(call)
+    assert len(late) == 1
+    no_report(nodes)
+
+
+def test_ranks_with_another_config_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="between_hosts to be the same on all ranks, got 1 on"):
+        Nodes("AB", chunk_bytes=(1, 2))
+
+
+def test_room_that_is_not_found_is_not_taken_for_found() -> None:
+    class Full:
+        def allocate(self, num_bytes: int) -> int:
+            if num_bytes > 1 << 20:
+                raise RuntimeError("no room")
+            return 4096
+
+    device, meeting = MagicMock(), MagicMock(rank=0, num_ranks=2)
+    crossing = Crossing(device, cast(Any, Full()), meeting, 1.0, 1)
+
+    def begin(num_rows: int) -> None:
+        rows = {(0, 1): num_rows, (1, 0): num_rows}
+        crossing.begin("dispatch", Record(1024, ()), Traffic.of(0, rows))
+
+    begin(100)
+    for num_rows in (1000, 600, 1000):
+        with pytest.raises(RuntimeError, match="no room"):
+            begin(num_rows)
+    begin(100)
+
+
 def check_no_room(backend: Any, _reference: Backend, case: Case, operation: str) -> str:
     """A node without room for one call; the others' next call goes on, or ends as it must."""
     rank = backend.rank
@@ -359,6 +411,22 @@ def lossy(nodes: Nodes, rank: int, only: int | None = None) -> None:
             put(*arguments)
 
     backend.network.put_signal = lose
+
+
+def test_who_sent_no_rows_is_named_where_that_has_ended_the_gpu() -> None:
+    """The host is in the next meeting when a kernel of the call before traps."""
+    nodes = Nodes("AB")
+    backend: Any = nodes.backends[0]
+    ended, late = RuntimeError("no answer of the GPU"), RuntimeError("got nothing from rank 1")
+    rows, routing = Rows(torch.zeros(1, 16)), Routing(torch.zeros(1, 1).int(), 2)
+    for part, name in ((backend._crossing, "check"), (backend._inside, "check_arrivals")):
+        with (
+            patch.object(backend._everyone, "meet", side_effect=ended),
+            patch.object(backend._crossing, "check"),
+            patch.object(part, name, side_effect=[None, late] if name == "check" else late),
+            pytest.raises(RuntimeError, match="got nothing from rank 1"),
+        ):
+            backend.dispatch(rows, routing)
 
 
 def check_lost(backend: Backend, _reference: Backend, case: Case) -> str:

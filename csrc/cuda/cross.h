@@ -48,8 +48,8 @@ struct CrossWeightsArgs {
 };
 
 /// signals[s] is written by the network alone, after what rank s has put here: the one order of
-/// RDMA that is relied on. Each put of an exchange has signals of its own, and two sets of them are
-/// used in turn, so that any put may overtake any other.
+/// RDMA that is relied on. Each put of an exchange has signals of its own, so that any put may
+/// overtake any other.
 struct CrossWaitArgs {
     const uint64_t* signals;       // by source rank; numbers of exchanges, which only grow
     uint64_t expected[kMaxRanks];  // 0: nothing comes from that rank

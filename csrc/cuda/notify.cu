@@ -86,7 +86,7 @@ __device__ __forceinline__ uint32_t wait_for_post(const NotifyArgs& args, uint32
     const Control* own = args.control[args.rank];
     if (args.control[rank] != nullptr)
         return wait_for_epoch(&own->posted[rank], epoch, args.timeout_ns);
-    const uint64_t* signal = &own->far_posted[rank];
+    const uint64_t* signal = &own->far_posted[epoch % 2][rank];
     const uint64_t start = now_nanoseconds();
     uint32_t seen;
     do {

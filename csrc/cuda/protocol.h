@@ -65,11 +65,11 @@ struct alignas(16) Post {
 /// (acquire, system scope), never reset: epochs only grow and are compared by difference.
 /// posts[n % 2][s]: written by rank s before it raises posted[s] to n.
 /// A rank of another node is *far*: its card puts the post here, from its outgoing[n % 2], and then
-/// n into far_posted[s].
+/// n into far_posted[n % 2][s]. A word per place, as the put of n + 1 may come before that of n.
 struct alignas(16) Control {
     uint32_t posted[kMaxRanks];
     uint32_t arrived[kMaxRanks];
-    uint64_t far_posted[kMaxRanks];
+    uint64_t far_posted[2][kMaxRanks];
     Post posts[2][kMaxRanks];
     Post outgoing[2];
 };

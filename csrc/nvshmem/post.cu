@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(kRowWarps* kWarpSize)
         if (args.control[peer] != nullptr) continue;
         ep_put_signal(reinterpret_cast<char*>(&own.posts[epoch % 2][args.rank]),
                       reinterpret_cast<const char*>(&own.outgoing[epoch % 2]), num_post_bytes(args),
-                      &own.far_posted[args.rank], epoch, peer);
+                      &own.far_posted[epoch % 2][args.rank], epoch, peer);
     }
 }
 

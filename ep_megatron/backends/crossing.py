@@ -16,6 +16,7 @@ from itertools import accumulate
 from ep_megatron import _cuda
 from ep_megatron.backends.device import Device
 from ep_megatron.backends.device_arena import align
+from ep_megatron.backends.meeting import Meeting
 from ep_megatron.backends.network import Network
 from ep_megatron.config import MAX_CHUNKS
 
@@ -23,7 +24,7 @@ _EPOCH_MASK = 0xFFFFFFFF  # of what an error names
 _SIGNAL_BYTES = 8
 _BESIDE = MAX_CHUNKS  # number of the put that carries what is beside the rows
 _NUM_PUTS = MAX_CHUNKS + 1
-_PART_ALIGNMENT = 64
+PART_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Record:
 
     def starts(self, num_rows: int) -> list[int]:
         """Return where the parts of so many tokens start in a block, rows first, and its end."""
-        sizes = [align(num_rows * part, _PART_ALIGNMENT) for part in (self.row, *self.beside)]
+        sizes = [align(num_rows * part, PART_ALIGNMENT) for part in (self.row, *self.beside)]
         return list(accumulate(sizes, initial=0))
 
     def room(self, num_rows: int, num_blocks: int) -> int:
         """Return bytes in which so many blocks of that many tokens fit, however these lie."""
-        slack = _PART_ALIGNMENT * (1 + len(self.beside))
+        slack = PART_ALIGNMENT * (1 + len(self.beside))
         return align(num_rows * (self.row + sum(self.beside)) + num_blocks * slack)
 
 
@@ -181,7 +182,7 @@ class Crossing:
     Args:
         device: this rank's.
         network: between all ranks.
-        ranks: this rank and R.
+        meeting: of all ranks, for what is rare: growing.
         timeout: seconds to wait for rows of other nodes.
         chunk_bytes: of rows that cross in one put, at the least; there are at most `MAX_CHUNKS`.
     """
@@ -190,23 +191,26 @@ class Crossing:
         self,
         device: Device,
         network: Network,
-        ranks: tuple[int, int],
+        meeting: Meeting,
         timeout: float,
         chunk_bytes: int,
     ) -> None:
-        self.network = network
-        self.rank, self._num_ranks = ranks
+        self.network, self._meeting = network, meeting
+        self.rank, self._num_ranks = meeting.rank, meeting.num_ranks
         self._device, self._timeout, self._chunk_bytes = device, timeout, chunk_bytes
         self._signals = network.allocate(_NUM_PUTS * _SIGNAL_BYTES * self._num_ranks)
         self._error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
         self._epoch, self._room_bytes, self._outbox, self._inbox = 0, 0, 0, 0
 
-    def begin(self, record: Record, traffic: Traffic) -> Exchange:
+    def begin(self, operation: str, record: Record, traffic: Traffic) -> Exchange:
         """Begin an exchange, launched behind a meeting of all ranks. Collective.
 
         All ranks give the same record and the same rows.
+
+        Raises:
+            RuntimeError: if memory does not suffice, or ranks that should find more did not come.
         """
-        self._make_room(record.room(traffic.most, self._num_ranks))
+        self._make_room(operation, record.room(traffic.most, self._num_ranks))
         self._epoch += 1
         return Exchange(
             crossing=self,
@@ -263,11 +267,13 @@ class Crossing:
             at = starts[-1]
         return piles
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _make_room(self, operation: str, num_bytes: int) -> None:
         """Make room for `num_bytes`; all ranks know that they must. Collective if so."""
         if num_bytes <= self._room_bytes:
             return
-        # What was there may still be written or read: it stays until the network is closed.
-        self._room_bytes = align(max(num_bytes, 2 * self._room_bytes))
-        self._outbox = self.network.allocate(self._room_bytes)
-        self._inbox = self.network.allocate(self._room_bytes)
+        # The network waits for all ranks without a deadline: one that has failed is found out here.
+        self._meeting.gather_text(operation, "")
+        room_bytes = align(max(num_bytes, 2 * self._room_bytes))
+        # What was there may still be written or read: it stays until the process ends.
+        self._outbox = self.network.allocate(2 * room_bytes)
+        self._room_bytes, self._inbox = room_bytes, self._outbox + room_bytes

@@ -49,7 +49,7 @@ class CudaBackend:
         if meeting.num_ranks > _cuda.MAX_RANKS:
             raise ValueError(
                 f"Buffer: expected at most {_cuda.MAX_RANKS} ranks in an NVLink domain, got "
-                f"{meeting.num_ranks}"
+                f"{meeting.num_ranks}; make smaller groups"
             )
         self.rank, self.num_ranks = meeting.rank, meeting.num_ranks
         self.device = self._device = device
@@ -207,6 +207,10 @@ class CudaBackend:
     def interrupt(self) -> None:
         """See `Backend.interrupt`. A kernel keeps its deadline; the next call gives up."""
         self._meeting.close("a call was interrupted")
+
+    def check_arrivals(self, operation: str) -> None:
+        """Raise if ranks did not arrive in an earlier call, which ended this rank's GPU. Local."""
+        self._meeting.check_arrivals(operation)
 
     def limit_threads(self, num_threads: int) -> None:
         """See `Backend.limit_threads`. No thread of the host moves rows."""

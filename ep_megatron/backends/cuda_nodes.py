@@ -12,18 +12,19 @@ network, and the host learns from there how much goes where; then those of a nod
 offer each other memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ep_megatron import _cuda
-from ep_megatron.backends.base import Announce, Call, Received, Routing, Rows
+from ep_megatron.backends.base import Announce, Call, NoRoomError, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.crossing import Crossing, Traffic
 from ep_megatron.backends.cuda import CudaBackend
-from ep_megatron.backends.device import Device
+from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_meeting import DeviceMeeting
 from ep_megatron.backends.device_rows import Sizes, handle_of, limit_error
 from ep_megatron.backends.meeting import Meeting, check_working
@@ -47,7 +48,8 @@ class CudaNodesBackend:
         node_ids: one per rank, equal where ranks reach each other's memory.
 
     Raises:
-        ValueError: more ranks than kernels are made for, or more nodes than a token's slots.
+        ValueError: more ranks or nodes than kernels are made for.
+        RuntimeError: on every rank, if some have another config.
     """
 
     name = "cuda"
@@ -68,7 +70,17 @@ class CudaNodesBackend:
             ("nodes", self.nodes.num_hosts, _cuda.MAX_TOPK),
         ):
             if actual > most:
-                raise ValueError(f"Buffer: expected at most {most} {what}, got {actual}")
+                raise ValueError(
+                    f"Buffer: expected at most {most} {what}, got {actual}; make smaller groups"
+                )
+        for field in ("chunk_bytes_between_hosts", "float32_between_hosts"):
+            values = meeting.gather_text("Buffer", str(getattr(config, field)))
+            if len(set(values)) > 1:
+                found = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+                raise RuntimeError(
+                    f"Buffer: expected {field} to be the same on all ranks, got {found}; give all "
+                    "ranks one config"
+                )
         self._inside, self._device = inside, device
         self.device, self.network = device, network  # for low-latency calls beside
         self._place = Place(device, self.nodes, self.rank, min(config.num_sms, device.num_sms))
@@ -76,7 +88,7 @@ class CudaNodesBackend:
         self._crossing = Crossing(
             device,
             network,
-            (self.rank, self.num_ranks),
+            meeting,
             config.timeout,
             config.chunk_bytes_between_hosts,
         )
@@ -94,10 +106,11 @@ class CudaNodesBackend:
         """See `Backend.dispatch`."""
         rows, routing = rows.contiguous(), routing.contiguous()
         handle, hop, fresh = self._plan(rows, routing)
-        ends = fresh.ends()
-        received = self._dispatch(rows, hop, ends, fresh)
-        routes = self._device.tensor(fresh.routes)
-        handle = replace(handle, routes=routes, hop=ends.kept(self._device, hop))
+        with self._taking_part("dispatch"):
+            ends = fresh.ends()
+            received = self._dispatch("dispatch", rows, hop, ends, fresh)
+            routes = self._device.tensor(fresh.routes)
+            handle = replace(handle, routes=routes, hop=ends.kept(self._device, hop))
         if announce is not None:
             announce(received, handle)
         return received, handle
@@ -110,9 +123,10 @@ class CudaNodesBackend:
         self, rows: Rows, handle: DispatchHandle, received: Received | None = None
     ) -> Rows:
         """See `Backend.dispatch_again`."""
-        rows = rows.contiguous()
-        hop = self._begin_again("cached dispatch", rows, handle)
-        arrived = self._dispatch(rows, hop, Ends.of(self._device, hop))
+        operation, rows = "cached dispatch", rows.contiguous()
+        hop = self._begin_again(operation, rows, handle)
+        with self._taking_part(operation):
+            arrived = self._dispatch(operation, rows, hop, Ends.of(self._device, hop))
         if received is None:
             return arrived
         copy_rows(received.rows, arrived)
@@ -135,7 +149,18 @@ class CudaNodesBackend:
         all, on every node alike: the result does not depend on where a token comes from.
         """
         rows, biases = rows.contiguous(), [bias.contiguous() for bias in biases]
-        hop, dtype = self._begin_again("combine", rows, handle), rows.x.dtype
+        hop = self._begin_again("combine", rows, handle)
+        with self._taking_part("combine"):
+            return self._combine(rows, hop, biases, combined)
+
+    def _combine(
+        self,
+        rows: Rows,
+        hop: NodeHop,
+        biases: Sequence[Tensor],
+        combined: tuple[Tensor, Tensor | None] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = rows.x.dtype
         if self._is_wire_exact and dtype in (torch.bfloat16, torch.float16):
             rows = replace(rows, x=rows.x.float())
             biases = [bias.float() for bias in biases]
@@ -143,7 +168,7 @@ class CudaNodesBackend:
         is_widened = rows.x.dtype != dtype
         back = {(target, source): n for (source, target), n in self._leaving(hop).items()}
         returning = Returning.of(rows, hop.inner)
-        exchange = self._crossing.begin(returning.record, Traffic.of(self.rank, back))
+        exchange = self._crossing.begin("combine", returning.record, Traffic.of(self.rank, back))
         ends = Ends.of(self._device, hop)
         try:
             own = self._inside.combine_parts(
@@ -151,7 +176,7 @@ class CudaNodesBackend:
                 hop.inner,
                 lambda added, state: returning.leave(self._place, exchange, ends, added, state),
             )
-        except (ValueError, RuntimeError) as error:
+        except NoRoomError as error:
             self._broken = f"what others wait for was not summed: {error}"
             raise
         out, out_weights = returning.add(
@@ -165,7 +190,7 @@ class CudaNodesBackend:
     def fail(self, operation: str, error: str) -> None:
         """See `Backend.fail`."""
         self._check(operation)
-        with self._device.on_stream():
+        with self._naming(operation), self._device.on_stream():
             self._everyone.fail(operation, error)
 
     def interrupt(self) -> None:
@@ -195,13 +220,22 @@ class CudaNodesBackend:
         scan = self._everyone.scan(given.address, call, len(topk_idx), routes.address)
         scan.num_nodes, scan.node = self.nodes.num_hosts, self.nodes.host_of[self.rank]
         scan.node_of, scan.by_node = list(self.nodes.host_of), by_node.address
-        with device.on_stream():
-            report = self._everyone.meet("dispatch", call, scan=scan)
-            self._everyone.agree("dispatch", report)
+        report = self._agree("dispatch", call, scan)
+        with self._taking_part("dispatch"):
+            return self._planned(report, call, routing, given, (routes, by_node))
+
+    def _planned(
+        self,
+        report: _cuda.Report,
+        call: Call,
+        routing: Routing,
+        given: Memory,
+        made: tuple[Memory, Memory],
+    ) -> tuple[DispatchHandle, NodeHop, Fresh]:
         sizes, ranks = Sizes.of(report, call, self.rank), (self.rank, self.num_ranks)
-        nothing, number = topk_idx[:0], self._everyone.ticket
+        nothing, number = routing.topk_idx[:0], self._everyone.ticket
         handle = handle_of(report, sizes, routing, ranks, number, nothing)
-        here = self.nodes.members[scan.node]
+        here = self.nodes.members[self.nodes.host_of[self.rank]]
         hop = NodeHop(
             inner=replace(
                 handle,
@@ -216,13 +250,15 @@ class CudaNodesBackend:
             num_to_node=tuple(map(tuple, report.per_node)),
         )
         came = [n for (_, to), n in sorted(self._leaving(hop).items()) if to == self.rank]
-        return handle, hop, Fresh.of(device, routing, given, (routes, by_node), came)
+        return handle, hop, Fresh.of(self._device, routing, given, made, came)
 
-    def _dispatch(self, rows: Rows, hop: NodeHop, ends: Ends, fresh: Fresh | None = None) -> Rows:
+    def _dispatch(
+        self, operation: str, rows: Rows, hop: NodeHop, ends: Ends, fresh: Fresh | None = None
+    ) -> Rows:
         """Send rows to their gateways and forward those of others; return what arrives."""
         sending = Sending.of(self._device, rows, hop, ends, fresh)
         traffic = Traffic.of(self.rank, self._leaving(hop))
-        exchange = self._crossing.begin(sending.record, traffic)
+        exchange = self._crossing.begin(operation, sending.record, traffic)
         with self._device.on_stream():
             sending.leave(self._place, exchange, hop)
             exchange.put_beside()
@@ -233,7 +269,7 @@ class CudaNodesBackend:
                 hop.inner,
                 lambda args: sending.forward(self._place, exchange, args),
             )
-        except (ValueError, RuntimeError):
+        except NoRoomError:
             # What is on its way must not come into a later exchange.
             with self._device.on_stream():
                 exchange.wait_for_all()
@@ -257,7 +293,10 @@ class CudaNodesBackend:
         call = Call.of(operation, rows, by)
         error = limit_error(call)
         if isinstance(by, DispatchHandle) and not isinstance(by.hop, NodeHop):
-            error = "expected the handle to be one of this backend, got one of another"
+            error = (
+                "expected the handle to be one of this backend, got one of another; use that of a "
+                "dispatch of this Buffer"
+            )
         if error:
             self.fail(operation, error)
             raise ValueError(f"{operation}: {error}")
@@ -266,10 +305,44 @@ class CudaNodesBackend:
     def _begin_again(self, operation: str, rows: Rows, handle: DispatchHandle) -> NodeHop:
         """Agree on a call along a handle; return its way."""
         call = self._begin(operation, rows, handle)
-        with self._device.on_stream():
-            self._everyone.agree(operation, self._everyone.meet(operation, call))
+        self._agree(operation, call)
         assert isinstance(handle.hop, NodeHop)
         return handle.hop
+
+    def _agree(
+        self, operation: str, call: Call, scan: _cuda.ScanArgs | None = None
+    ) -> _cuda.Report:
+        """Meet all ranks; raise on each unless all make the same call."""
+        with self._naming(operation), self._device.on_stream():
+            report = self._everyone.meet(operation, call, scan=scan)
+        self._everyone.agree(operation, report)
+        return report
+
+    @contextmanager
+    def _naming(self, operation: str) -> Iterator[None]:
+        """Name who did not come in an earlier call, where that has ended this rank's GPU."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except Exception:
+            self._crossing.check(operation)
+            self._inside.check_arrivals(operation)
+            raise
+
+    @contextmanager
+    def _taking_part(self, operation: str) -> Iterator[None]:
+        """Make no further call where this rank alone fails in one that all agree on.
+
+        The others count on what it would send, and name it when it does not come.
+        """
+        try:
+            yield
+        except NoRoomError:  # of all this node's ranks, which are in step with the others
+            raise
+        except BaseException as error:
+            self._broken = self._broken or f"{operation} ended by {error or type(error).__name__}"
+            raise
 
     def _check(self, operation: str) -> None:
         check_working(operation, self._broken)

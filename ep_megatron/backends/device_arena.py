@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ep_megatron import _cuda
+from ep_megatron.backends.base import NoRoomError
 from ep_megatron.backends.device import Device
 from ep_megatron.backends.meeting import Meeting
 
@@ -259,7 +260,7 @@ def share(
     said = "; ".join(errors).encode()[:_OFFER_ERROR_BYTES].decode(errors="ignore")
     problems = list(filter(None, meeting.gather_text(operation, said, _OFFER_ERROR_BYTES)))
     if problems:
-        raise RuntimeError(
+        raise NoRoomError(
             f"{operation}: expected room that all ranks reach, got {problems[0]}; "
             "raise max_bytes, free GPU memory, or use backend='process_group'"
         )

@@ -16,6 +16,8 @@ from ep_megatron.backends.network import Network
 from ep_megatron.backends.reach import Reach
 
 _HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadline that the kernels keep
+# Deadlines, one after the other, that kernels before may keep where some ranks are far.
+_FAR_DEADLINES = 3
 _TICKET_MASK = 0xFFFFFFFF
 
 
@@ -50,6 +52,7 @@ class DeviceMeeting:
         self._device, self._timeout, self._slabs = device, timeout, slabs
         self._broken = ""
         self._reach = Reach(device, far)
+        self._patience = timeout * (1 if far is None else _FAR_DEADLINES) + _HOST_GRACE
         self._controls = self._reach.share(meeting, _cuda.CONTROL_BYTES)
         num_keys = _cuda.MAX_EXPERTS + self.num_ranks + _cuda.MAX_NODES
         self._block_counts = device.allocate(4 * num_keys * num_sms)
@@ -125,8 +128,7 @@ class DeviceMeeting:
         )
         try:
             self._launch(args, call, scan)
-            patience = self._timeout + _HOST_GRACE
-            is_there = self._device.wait_for_word(self._report, self.ticket, patience)
+            is_there = self._device.wait_for_word(self._report, self.ticket, self._patience)
             num_experts, num_nodes = (0, 0) if scan is None else (scan.num_experts, scan.num_nodes)
             data = self._report.read()
             report = _cuda.read_report(data, self.num_ranks, num_experts, num_nodes)
@@ -275,20 +277,29 @@ class DeviceMeeting:
             args.posts, args.meets = False, True
             self._device.launch(_cuda.plan_notify(args))
 
-    def _check_progress(self, operation: str, is_there: bool, report: _cuda.Report) -> None:
+    def check_arrivals(self, operation: str) -> None:
+        """Raise if ranks did not arrive in an earlier call. Local.
+
+        Raises:
+            RuntimeError: naming them.
+        """
         epoch, seen = _cuda.read_arrive_error(self._arrive_error.read(), self.num_ranks)
-        what = "send its rows in an earlier call"
-        if epoch == 0:
-            if not is_there:
-                raise RuntimeError(
-                    f"{operation}: rank {self.rank} expected its own GPU to answer within "
-                    f"{self._timeout + _HOST_GRACE:g} s, got nothing; does another kernel block "
-                    "ours? This Buffer cannot go on"
-                )
-            if report.status != _cuda.TIMED_OUT:
-                return
-            what = "post this call"
-            epoch, seen = report.epoch, [word.seen for word in report.words]
+        if epoch:
+            self._raise_late(operation, "send its rows in an earlier call", epoch, seen)
+
+    def _check_progress(self, operation: str, is_there: bool, report: _cuda.Report) -> None:
+        self.check_arrivals(operation)
+        if not is_there:
+            raise RuntimeError(
+                f"{operation}: rank {self.rank} expected its own GPU to answer within "
+                f"{self._patience:g} s, got nothing; does another kernel block ours? This Buffer "
+                "cannot go on"
+            )
+        if report.status == _cuda.TIMED_OUT:
+            seen = [word.seen for word in report.words]
+            self._raise_late(operation, "post this call", report.epoch, seen)
+
+    def _raise_late(self, operation: str, what: str, epoch: int, seen: Sequence[int]) -> None:
         late = [rank for rank, last in enumerate(seen) if last - epoch & 0x80000000]
         raise RuntimeError(
             f"{operation}: rank {self.rank} expected every rank to {what} within "

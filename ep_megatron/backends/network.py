@@ -1,7 +1,7 @@
 """What the CUDA backend needs of a network between GPUs that do not reach each other's memory.
 
-NVSHMEM has all of it: a symmetric heap, and `nvshmemx_putmem_signal_on_stream`. Only one order is
-relied on: a signal is seen after the data of its own put.
+NVSHMEM has all of it: a symmetric heap, and `nvshmemx_putmem_signal_nbi_on_stream`. Only one order
+is relied on: a signal is seen after the data of its own put.
 """
 
 from typing import Protocol
@@ -15,8 +15,8 @@ class Network(Protocol):
     def allocate(self, num_bytes: int) -> int:
         """Return the address of zeroed memory that peers may put into; the same size everywhere.
 
-        Collective. In a put the address stands for the peer's memory of the same allocation. It is
-        the network's to free, when it is closed.
+        Collective. In a put the address stands for the peer's memory of the same allocation, which
+        stays until the process ends.
         """
 
     def peer_address(self, address: int, peer: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ep_megatron.backends.base import Routing
-from ep_megatron.backends.crossing import Pile
+from ep_megatron.backends.crossing import PART_ALIGNMENT, Pile
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_arena import align
 from ep_megatron.handle import NodeHop
@@ -17,7 +17,6 @@ from ep_megatron.hosts import Hosts
 
 ITEM_BYTES = 4  # of routes, and of expert ids between nodes
 ROUTE_PLANES = 3
-_PART_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Fresh:
 
 
 def _plan_bytes(planes: int, num_rows: int, num_topk: int) -> int:
-    return align(planes * num_rows * num_topk * ITEM_BYTES, _PART_ALIGNMENT)
+    return align(planes * num_rows * num_topk * ITEM_BYTES, PART_ALIGNMENT)
 
 
 def plans(

@@ -10,7 +10,7 @@ of two puts, either may be first. So it is with those that kernels start by them
 import secrets
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -274,7 +274,7 @@ class Nodes(Ranks):
         mode: see tests/emulator/README.md.
         is_exact: `float32_between_hosts`.
         timeout: of waits, in seconds of the emulated clock.
-        chunk_bytes: `chunk_bytes_between_hosts`.
+        chunk_bytes: `chunk_bytes_between_hosts`, of all ranks or by rank.
         kernels: PTX in place of what the extension holds.
     """
 
@@ -286,7 +286,7 @@ class Nodes(Ranks):
         *,
         is_exact: bool = False,
         timeout: float = 1e9,
-        chunk_bytes: int = 1,
+        chunk_bytes: int | Sequence[int] = 1,
         kernels: Sequence[str] = (),
     ) -> None:
         num_ranks = self.num_ranks = len(layout)
@@ -307,8 +307,9 @@ class Nodes(Ranks):
             timeout=timeout,
             num_sms=NUM_SMS,
             float32_between_hosts=is_exact,
-            chunk_bytes_between_hosts=chunk_bytes,
         )
+        by_rank = [chunk_bytes] * num_ranks if isinstance(chunk_bytes, int) else chunk_bytes
+        configs = [replace(config, chunk_bytes_between_hosts=size) for size in by_rank]
 
         def make(rank: int) -> CudaNodesBackend:
             device, meeting = devices[rank], ThreadMeeting(rank, whole)
@@ -316,7 +317,7 @@ class Nodes(Ranks):
             backend = CudaBackend(ThreadMeeting(hosts.index_of[rank], table), device, config)
             native = natives[rank] = EmulatedNvshmem(self.machine, device, meeting)
             network = NvshmemNetwork(meeting, rank, device.stream, lambda: native)
-            return CudaNodesBackend(meeting, backend, device, network, config, layout)
+            return CudaNodesBackend(meeting, backend, device, network, configs[rank], layout)
 
         natives: dict[int, EmulatedNvshmem] = {}
         self.backends = self._on_threads(make)

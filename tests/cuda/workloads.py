@@ -138,7 +138,7 @@ def rows_that_are_lost(backend: Backend, _reference: Backend) -> None:
     crossing: Any = getattr(backend, "_crossing")  # noqa: B009
     rank = backend.rank
     num_rows = {(a, b): 1 for a in range(4) for b in range(4) if a // 2 != b // 2}
-    exchange = crossing.begin(Record(16, ()), Traffic.of(rank, num_rows))
+    exchange = crossing.begin("exchange", Record(16, ()), Traffic.of(rank, num_rows))
     with crossing._device.on_stream():
         exchange.put_all_rows()
         exchange.wait_for_all()
