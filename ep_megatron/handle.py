@@ -226,6 +226,26 @@ class CapacityHandle:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class DeviceHop:
+    """How rows change nodes where no host knows how many do; see `NodeHop`.
+
+    P places of the memory between nodes. Tensors are int32.
+
+    Attributes:
+        by_node: `[3, T, N]`; a token's place is one of the P, on its own node its number.
+        routes: `[3, T, K]` of this rank's tokens, between the ranks of its node; where rows go by
+            rank `[4, T, K]`, with the expert ids there.
+        forwarded: `[3, P, K]` or `[4, P, K]`, likewise for what this rank forwards.
+        piles: whose tokens are where: CrossPlan in csrc/cuda/protocol.h.
+    """
+
+    by_node: Tensor
+    routes: Tensor
+    forwarded: Tensor
+    piles: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DevicePlan:
     """What kernels leave of a dispatch that no host has waited for.
 
@@ -235,6 +255,7 @@ class DevicePlan:
         numbers: see `CapacityHandle`.
         routes: see `DispatchHandle`; all -1 if the dispatch failed.
         links: likewise, with N the capacity; rows that did not come have none.
+        hop: how rows change nodes, if ranks are on several.
     """
 
     plan_id: int
@@ -242,6 +263,7 @@ class DevicePlan:
     numbers: Tensor
     routes: Tensor
     links: Tensor | None
+    hop: DeviceHop | None = None
 
 
 class DeviceHandle(CapacityHandle):
@@ -262,7 +284,7 @@ class DeviceHandle(CapacityHandle):
     ) -> None:
         super().__init__(topk_idx, num_experts, ranks, num_worst_tokens, expand, plan.numbers)
         self.plan_id, self.expert_alignment = plan.plan_id, plan.expert_alignment
-        self.routes, self.links = plan.routes, plan.links
+        self.routes, self.links, self.hop = plan.routes, plan.links, plan.hop
         self.topk_idx = None if expand else topk_idx
         self._raise_failure = raise_failure
 

@@ -37,9 +37,9 @@ def test_the_extension_holds_the_ptx_of_the_sources() -> None:
     if find_spec("ep_megatron._nvshmem") is None:
         sources = [source for source in sources if source.parent.name == "cuda"]
     else:
-        from tests.cuda.nic import far_ptx, post_ptx
+        from tests.cuda.nic import cross_ptx, far_ptx, post_ptx
 
-        embedded += [*far_ptx(), *post_ptx()]
+        embedded += [*far_ptx(), *post_ptx(), *cross_ptx()]
     made = [resources.compile_to_ptx(nvcc, source) for source in sources]
     assert sorted(map(without_comments, embedded)) == sorted(map(without_comments, made))
 
@@ -177,4 +177,4 @@ def test_a_plan_says_all_of_a_launch() -> None:
     launch = _cuda.plan_dispatch(dispatch_args(num_tokens=100), 8)
     assert (launch.kernel, launch.grid, launch.block) == ("ep_dispatch_kernel", 7, 512)
     assert _cuda.plan_dispatch(dispatch_args(num_tokens=10_000), 8).grid == 8
-    assert int.from_bytes(launch.params[56:64], "little") == 100
+    assert int.from_bytes(launch.params[64:72], "little") == 100

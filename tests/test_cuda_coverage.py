@@ -25,6 +25,7 @@ from tests.test_dispatch import bits
 pytest.importorskip("ep_megatron._cuda", reason="built without nvcc")
 
 from ep_megatron import _cuda
+from ep_megatron.backends.cuda_nodes import CudaNodesBackend
 from tests.cuda.buffers import Buffers, NodeBuffers
 from tests.cuda.calls import FLOATS, RECIPES, Drawn, check, check_drawn
 from tests.cuda.emulated import EmulatedDevice, Ranks
@@ -36,7 +37,9 @@ from tests.cuda.within import (
     check_drawn_within,
     check_failures,
     check_reduced_within,
+    check_within,
 )
+from tests.cuda.workloads import check_lost_within, lose_within
 from tests.emulator.coverage import Coverage
 from tests.emulator.machine import Fault, Machine
 from tests.test_cuda_backend import (
@@ -90,6 +93,10 @@ UNREACHABLE = {
     "posts[i / args.num_nodes].per_node[i % args.num_nodes]": "four rounds; there are three",
     "i < kExpertNumbers + 2 * args.experts_per_rank": "four rounds; there are three at the most",
     "args.numbers[i] = 0": "four rounds; there are three at the most",
+    "i < static_cast<int>(sizeof(CrossPlan) / 4)": _FEW,
+    "reinterpret_cast<int32_t*>(args.piles)[i] = 0": _FEW,
+    "i < num_nodes; i += ": _LONG,
+    "if (pile == nullptr) return {0, num_tokens}": "a pile to cast: rows cross as they were cast",
     "for (int other = 0; other < lanes_per_token; ++other)": "three lanes more: a power of two",
 }
 LOW_LATENCY = "ep_packed_"
@@ -179,7 +186,19 @@ def several_nodes() -> Iterator[Machine]:
         for dtype in FLOATS:
             nodes.run(check_nodes, case, layout, dtype, False)
         nodes.run(check_double_weights, case)
+        for at, dtype in enumerate(FLOATS):
+            nodes.run(check_within, case, dtype, bool(at % 2))
         yield nodes.machine
+    nodes = Nodes("AABB")
+    nodes.run(check_failures, replace(LATE, num_tokens=(5, 6, 7, 2)))
+    yield nodes.machine
+    nodes = Nodes("AB")
+    nodes.run(many_bad_indices)
+    yield nodes.machine
+    nodes = Nodes("AB", timeout=0.05)
+    lose_within(nodes, 0)
+    nodes.run(check_lost_within, NODE_CASES[2])
+    yield nodes.machine
     nodes = Nodes("AABB", timeout=0.05)
     nodes.run(check_late_nodes, NODE_CASES[4])
     yield nodes.machine
@@ -187,6 +206,16 @@ def several_nodes() -> Iterator[Machine]:
     lossy(nodes, 0)
     nodes.run(check_lost, NODE_CASES[2])
     yield nodes.machine
+
+
+def many_bad_indices(backend: Backend, _reference: Backend) -> None:
+    """Many tokens without a way."""
+    assert isinstance(backend, CudaNodesBackend)
+    idx = torch.full((4000, 1), 2)
+    routing = Routing(idx, 2, num_worst_tokens=8)
+    _, handle = backend.dispatch_within(Rows(torch.zeros(len(idx), 4)), routing)
+    with pytest.raises(ValueError, match="topk_idx"):
+        handle.check()
 
 
 def check_double_weights(backend: Backend, _reference: Backend, case: Case) -> None:

@@ -81,7 +81,7 @@ def test_the_addresses_of_72_peers_fit_into_what_a_kernel_takes() -> None:
     addresses = b"".join(np.array(table, np.uint64).tobytes() for table in tables)
     assert addresses in planned[0].params
     assert addresses[: 2 * 72 * 8] in planned[3].params
-    with pytest.raises(ValueError, match="to_x: expected values for at most 72 ranks, got 73"):
+    with pytest.raises(ValueError, match="to_x: expected at most 72 values, got 73"):
         _cuda.DispatchArgs(to_x=[*tables[0], 1])
 
 

@@ -135,7 +135,7 @@ def test_room_is_found_on_all_ranks_alike() -> None:
     ranks = Ranks(3, config=config)
     ranks.run(check_room, Case("room", (40, 5, 0), alignment=16, style="first_rank"))
     for backend in ranks.backends:
-        assert backend._arena.num_bytes_in_use == backend._within._block.num_bytes
+        assert backend._arena.num_bytes_in_use == backend.within._block.num_bytes
     no_report(ranks)
 
 

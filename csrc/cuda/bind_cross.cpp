@@ -39,6 +39,34 @@ void bind_cross(py::module_& m) {
         .add("epoch", &CrossWaitArgs::epoch)
         .add("timeout_ns", &CrossWaitArgs::timeout_ns)
         .add("error", &CrossWaitArgs::error);
+    Fields<CrossPutArgs>(m, "CrossPutArgs")
+        .add("state", &CrossPutArgs::state)
+        .add("piles", &CrossPutArgs::piles)
+        .add("outbox", &CrossPutArgs::outbox)
+        .add("inbox", &CrossPutArgs::inbox)
+        .add("signals", &CrossPutArgs::signals)
+        .add("starts", &CrossPutArgs::starts)
+        .add("place_bytes", &CrossPutArgs::place_bytes)
+        .add("rank", &CrossPutArgs::rank)
+        .add("num_ranks", &CrossPutArgs::num_ranks);
+    Fields<CrossAwaitArgs>(m, "CrossAwaitArgs")
+        .add("state", &CrossAwaitArgs::state)
+        .add("piles", &CrossAwaitArgs::piles)
+        .add("signals", &CrossAwaitArgs::signals)
+        .add("parts", &CrossAwaitArgs::parts)
+        .add("source", &CrossAwaitArgs::source)
+        .add("num_ranks", &CrossAwaitArgs::num_ranks)
+        .add("timeout_ns", &CrossAwaitArgs::timeout_ns)
+        .add("error", &CrossAwaitArgs::error);
+    m.attr("NUM_CROSS_PARTS") = static_cast<int>(kNumCrossParts);
+    m.attr("CROSS_ROUTES") = static_cast<int>(kCrossRoutes);
+    m.attr("CROSS_PLAN_BYTES") = sizeof(CrossPlan);
+    m.attr("CROSS_PILE_BYTES") = sizeof(CrossPile);
+    m.attr("CROSS_CAME_AT") = offsetof(CrossPlan, came);
+    m.attr("CROSS_NODE_STARTS_AT") = offsetof(CrossPlan, node_starts);
+    m.attr("PILE_ALIGNMENT") = kPileAlignment;
+    m.def("plan_cross_put", &plan_cross_put, py::arg("args"));
+    m.def("plan_cross_await", &plan_cross_await, py::arg("args"));
     m.def("plan_cross_lay", &plan_cross_lay, py::arg("args"), py::arg("num_sms"));
     m.def("plan_cross_weights", &plan_cross_weights, py::arg("args"), py::arg("num_sms"));
     m.def("plan_cross_wait", &plan_cross_wait, py::arg("args"));

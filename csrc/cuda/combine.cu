@@ -155,7 +155,8 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
     const int lane = threadIdx.x % kWarpSize;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-    for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
+    const Tokens tokens = tokens_of(args.pile, args.num_tokens);
+    for (int64_t token = tokens.begin + warp; token < tokens.end; token += num_warps) {
         const int64_t at = token * args.num_topk + lane;
         int rank = -1, row = 0, slot = 0;
         if (lane < args.num_topk) rank = args.routes[at];

@@ -95,6 +95,32 @@ __device__ __forceinline__ void sum_weights(const CrossWeightsArgs& args, int64_
     reinterpret_cast<Weight*>(args.out)[token * args.num_topk + lane] = total;
 }
 
+/// Say whose rows did not come, and trap: what reads them must not go on.
+__device__ __forceinline__ void give_up(ArriveError* error,
+                                        int num_ranks,
+                                        uint32_t epoch,
+                                        bool is_there) {
+    const int rank = threadIdx.x;
+    if (rank < num_ranks) error->seen[rank] = is_there ? epoch : epoch - 1;
+    __syncthreads();
+    if (rank == 0) {
+        store_release_system(&error->epoch, epoch);
+        trap();
+    }
+}
+
+/// Wait until a signal is the number of this call. A later one can not be there, and numbers come
+/// round.
+__device__ __forceinline__ bool wait_for_call(const uint64_t* signal,
+                                              uint64_t number,
+                                              uint64_t timeout_ns) {
+    const uint64_t start = now_nanoseconds();
+    do {
+        if (load_acquire_system(signal) == number) return true;
+    } while (now_nanoseconds() - start < timeout_ns);
+    return false;
+}
+
 }  // namespace
 
 /// A warp takes a token.
@@ -146,12 +172,25 @@ extern "C" __global__ void __launch_bounds__(kArriveThreads)
     if (rank < args.num_ranks && args.expected[rank] != 0)
         is_there = wait_for_signal(&args.signals[rank], args.expected[rank], args.timeout_ns);
     if (__syncthreads_and(is_there)) return;
-    if (rank < args.num_ranks) args.error->seen[rank] = is_there ? args.epoch : args.epoch - 1;
-    __syncthreads();
-    if (rank == 0) {
-        store_release_system(&args.error->epoch, args.epoch);
-        trap();
+    give_up(args.error, args.num_ranks, args.epoch, is_there);
+}
+
+/// Likewise in a call that no host waits for: for what is in the piles, and its number.
+extern "C" __global__ void __launch_bounds__(kArriveThreads)
+    ep_cross_await_kernel(const __grid_constant__ CrossAwaitArgs args) {
+    const int rank = threadIdx.x;
+    if (args.state->is_agreed == 0) return;
+    const uint32_t epoch = args.state->epoch;
+    bool is_there = true;
+    if (rank < args.num_ranks && args.piles[rank].count != 0 &&
+        (args.source < 0 || args.source == rank)) {
+#pragma unroll 1
+        for (uint32_t left = args.parts; left != 0 && is_there; left &= left - 1)
+            is_there = wait_for_call(&args.signals[(__ffs(left) - 1) * args.num_ranks + rank],
+                                     epoch, args.timeout_ns);
     }
+    if (__syncthreads_and(is_there)) return;
+    give_up(args.error, args.num_ranks, epoch, is_there);
 }
 
 }  // namespace ep::cuda

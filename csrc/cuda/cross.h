@@ -59,8 +59,48 @@ struct CrossWaitArgs {
     ArriveError* error;
 };
 
+/// Parts of memory between nodes of fixed size: an area each, of as many places.
+enum CrossPart : int32_t {
+    kCrossRows,
+    kCrossScales,
+    kCrossWeights,
+    kCrossRoutes,  // three planes
+    kCrossIdx = kCrossRoutes + 3,
+    kNumCrossParts
+};
+
+/// What a rank's card puts in a call that no host waits for: each part of each pile, with a signal
+/// of its own, which is the number of the call.
+struct CrossPutArgs {
+    const CallState* state;  // of the meeting of all ranks
+    const CrossPile* piles;  // [R] by receiver
+    char* outbox;
+    char* inbox;                          // stands for the receiver's
+    uint64_t* signals;                    // [kNumCrossParts, R], by source; likewise
+    uint64_t starts[kNumCrossParts];      // of areas
+    int32_t place_bytes[kNumCrossParts];  // 0 where a part is absent
+    int32_t rank;
+    int32_t num_ranks;
+    int32_t unused;
+};
+
+struct CrossAwaitArgs {
+    const CallState* state;   // of the meeting of all ranks
+    const CrossPile* piles;   // [R] by source
+    const uint64_t* signals;  // as above
+    uint32_t parts;           // to wait for, a bit each
+    int32_t source;           // or -1: all
+    int32_t num_ranks;
+    int32_t unused;
+    uint64_t timeout_ns;
+    ArriveError* error;
+};
+
 Launch plan_cross_lay(const CrossLayArgs& args, int num_sms);
 Launch plan_cross_weights(const CrossWeightsArgs& args, int num_sms);
 Launch plan_cross_wait(const CrossWaitArgs& args);
+/// Of csrc/nvshmem/cross_put.cu.
+Launch plan_cross_put(const CrossPutArgs& args);
+Launch plan_cross_await(const CrossAwaitArgs& args);
 
 }  // namespace ep::cuda

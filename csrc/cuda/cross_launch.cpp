@@ -39,4 +39,21 @@ Launch plan_cross_wait(const CrossWaitArgs& args) {
             std::string(reinterpret_cast<const char*>(&args), sizeof args)};
 }
 
+Launch plan_cross_put(const CrossPutArgs& args) {
+    require_range("cross put", "the number of ranks", args.num_ranks, 1, kMaxRanks);
+    for (const int32_t place_bytes : args.place_bytes)
+        require_multiple("cross put", "the bytes of a part of 16 places",
+                         place_bytes * kPileAlignment, 16);
+    return {"ep_cross_put_kernel",
+            num_row_blocks(static_cast<int64_t>(args.num_ranks) * kNumCrossParts, kMaxRanks),
+            kRowWarps * kWarpSize, 0,
+            std::string(reinterpret_cast<const char*>(&args), sizeof args)};
+}
+
+Launch plan_cross_await(const CrossAwaitArgs& args) {
+    require_range("cross await", "the number of ranks", args.num_ranks, 1, kMaxRanks);
+    return {"ep_cross_await_kernel", 1, kArriveThreads, 0,
+            std::string(reinterpret_cast<const char*>(&args), sizeof args)};
+}
+
 }  // namespace ep::cuda

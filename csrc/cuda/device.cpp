@@ -36,6 +36,7 @@
     X(ep_cross_lay_kernel, CrossLayArgs)              \
     X(ep_cross_weights_kernel, CrossWeightsArgs)      \
     X(ep_cross_wait_kernel, CrossWaitArgs)            \
+    X(ep_cross_await_kernel, CrossAwaitArgs)          \
     X(ep_packed_begin_kernel, PackedArgs)             \
     X(ep_packed_push_kernel, PackedArgs)              \
     X(ep_packed_push_cast_kernel, PackedArgs)         \

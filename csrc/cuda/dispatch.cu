@@ -149,7 +149,8 @@ __device__ __forceinline__ void push(const DispatchArgs& args, MoveRow move_row)
     if (args.state != nullptr && args.state->is_agreed == 0) return;
     const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kRowWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-    for (int64_t token = warp; token < args.num_tokens; token += num_warps) {
+    const Tokens tokens = tokens_of(args.pile, args.num_tokens);
+    for (int64_t token = tokens.begin + warp; token < tokens.end; token += num_warps) {
         const Routes routes = load_routes(args, token);
         if (routes.num_routes == 0) continue;
         move_row(args.x + token * args.row_bytes, routes, token);

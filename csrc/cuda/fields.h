@@ -57,24 +57,24 @@ class Fields {
                 return addresses;
             },
             [field, name](Args& args, const std::vector<uintptr_t>& addresses) {
-                check_ranks(name, addresses.size());
+                check_size(name, addresses.size(), kMaxRanks);
                 for (size_t rank = 0; rank < addresses.size(); ++rank)
                     (args.*field)[rank] = reinterpret_cast<T*>(addresses[rank]);
             });
         return *this;
     }
 
-    /// A number per rank.
-    template <class T>
+    /// A number per rank, or of whatever else there is one of.
+    template <class T, size_t kMost>
         requires(!std::is_pointer_v<T>)
-    Fields& add(const char* name, T (Args::*field)[kMaxRanks]) {
+    Fields& add(const char* name, T (Args::*field)[kMost]) {
         class_.def_property(
             name,
             [field](const Args& args) {
                 return std::vector<T>(std::begin(args.*field), std::end(args.*field));
             },
             [field, name](Args& args, const std::vector<T>& values) {
-                check_ranks(name, values.size());
+                check_size(name, values.size(), kMost);
                 std::copy(values.begin(), values.end(), args.*field);
             });
         return *this;
@@ -83,10 +83,10 @@ class Fields {
     py::class_<Args>& python_class() { return class_; }
 
  private:
-    static void check_ranks(const char* name, size_t num_values) {
-        if (num_values > kMaxRanks)
-            throw std::invalid_argument(text(name, ": expected values for at most ", kMaxRanks,
-                                             " ranks, got ", num_values));
+    static void check_size(const char* name, size_t num_values, size_t most) {
+        if (num_values > most)
+            throw std::invalid_argument(
+                text(name, ": expected at most ", most, " values, got ", num_values));
     }
 
     py::class_<Args> class_;

@@ -181,6 +181,45 @@ __device__ __forceinline__ bool address(const NotifyArgs& args,
     return static_cast<int64_t>(whole.rows) <= args.capacity;
 }
 
+/// Whether rank `target` takes what `source` sends to its node.
+__device__ __forceinline__ bool is_gateway(const NotifyArgs& args, int source, int target) {
+    return args.node_of[target] != args.node_of[source] &&
+           args.index_of[source] % args.size_of[target] == args.index_of[target];
+}
+
+__device__ __forceinline__ int32_t num_places(int32_t count) {
+    return (count + kPileAlignment - 1) / kPileAlignment * kPileAlignment;
+}
+
+/// Find where all piles of this rank are. Returns whether those of rank `threadIdx.x` fit.
+__device__ __forceinline__ bool find_piles(const NotifyArgs& args, const Post* posts) {
+    const int peer = threadIdx.x, own = args.rank;
+    if (peer >= args.num_ranks) return true;
+    const auto count = [&](int from, int to) {
+        return is_gateway(args, from, to) ? posts[from].per_node[args.node_of[to]] : 0;
+    };
+    CrossPile sent{0, count(own, peer), 0}, came{0, count(peer, own), 0};
+    int64_t num_sent = 0, num_came = 0;
+#pragma unroll 1
+    for (int other = 0; other < args.num_ranks; ++other) {
+        if (other < peer) {
+            sent.start += num_places(count(own, other));
+            came.start += num_places(count(other, own));
+        }
+        if (other < own) {
+            sent.there += num_places(count(other, peer));
+            came.there += num_places(count(peer, other));
+        }
+        num_sent += count(peer, other);
+        num_came += count(other, peer);
+    }
+    args.piles->sent[peer] = sent;
+    args.piles->came[peer] = came;
+    if (peer == own || is_gateway(args, own, peer))
+        args.piles->node_starts[args.node_of[peer]] = sent.start;
+    return num_sent <= args.capacity && num_came <= args.capacity;
+}
+
 __device__ __forceinline__ char* look_up(const NotifyArgs& args, int rank, uint64_t place) {
     if (place == kNoPlace) return nullptr;
     const uint64_t start = args.slabs->starts[rank][place >> kSlabShift];
@@ -253,15 +292,18 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     const bool are_all_there = __syncthreads_and(static_cast<int32_t>(seen - epoch) >= 0);
     const Post* posts = args.control[args.rank]->posts[epoch % 2];
     uint32_t status = kTimedOut;
+    bool is_closed = false;  // by those who know why, and have told
     ExpertCount count{0, 0};
     if (are_all_there) {
         status = kDisagreed;
-        if (__syncthreads_and(thread >= args.num_ranks ||
-                              agrees(posts[thread].head, posts[0].head))) {
+        is_closed = args.gate != nullptr && args.gate->is_agreed == 0;
+        if (!is_closed && __syncthreads_and(thread >= args.num_ranks ||
+                                            agrees(posts[thread].head, posts[0].head))) {
             bool fits = true;
             if (args.has_counts) {
                 count = count_slots(args, posts);
                 fits = address(args, posts, count, scanned);
+                if (args.piles != nullptr) fits = find_piles(args, posts) && fits;
             }
             find_rows(args, posts);
             status = __syncthreads_and(fits) ? kAgreed : kTooManyRows;
@@ -271,7 +313,11 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
         for (int i = thread; i < kExpertNumbers + 2 * args.experts_per_rank + args.num_ranks;
              i += kNotifyThreads)
             args.numbers[i] = 0;
-    const bool tells = args.is_awaited || (status != kAgreed && args.report->ticket == 0);
+    if (args.piles != nullptr && status != kAgreed)
+        for (int i = thread; i < static_cast<int>(sizeof(CrossPlan) / 4); i += kNotifyThreads)
+            reinterpret_cast<int32_t*>(args.piles)[i] = 0;
+    const bool tells =
+        args.is_awaited || (status != kAgreed && !is_closed && args.report->ticket == 0);
     if (thread == 0) {
         args.state->epoch = epoch;
         args.state->is_agreed = status == kAgreed;

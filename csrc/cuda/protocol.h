@@ -119,6 +119,23 @@ struct alignas(16) ArriveError {
     uint32_t seen[kMaxRanks];
 };
 
+/// Tokens that cross from one rank to a gateway, in memory between nodes of fixed size: places in
+/// it, so many from `start`, and where the first is at the other rank. Starts are multiples of 16,
+/// so each part of a pile is one of 16 bytes.
+struct CrossPile {
+    int32_t start, count, there;
+};
+
+/// Where all piles of one rank are in a dispatch that no host waits for, and on their way back in
+/// its combines. Nothing crosses if it failed.
+struct CrossPlan {
+    CrossPile sent[kMaxRanks];  // by gateway
+    CrossPile came[kMaxRanks];  // by source
+    int32_t node_starts[kMaxNodes];
+};
+
+constexpr int kPileAlignment = 16;
+
 /// Arguments of the count and route kernels. T tokens, K slots, E experts, R ranks, B blocks, N
 /// nodes where ranks are on several, else 0.
 struct ScanArgs {
@@ -138,11 +155,12 @@ struct ScanArgs {
     // [B, E + R + N]: count writes each block's counts, notify turns them into sums over the blocks
     // before, route reads those.
     int32_t* block_counts;
-    uint32_t* block_bad;        // [B] first slot that holds no expert and not -1, or ~0
-    const int32_t* key_starts;  // [E] (expand) or [R]: row of this rank's first token; by notify
-    const CallState* state;     // by notify
-    int32_t* routes;            // [3, T, K]: rank, row, slot; see DispatchHandle
-    int32_t* by_node;           // [3, T, N], see cross.h
+    uint32_t* block_bad;         // [B] first slot that holds no expert and not -1, or ~0
+    const int32_t* key_starts;   // [E] (expand) or [R]: row of this rank's first token; by notify
+    const CallState* state;      // by notify
+    int32_t* routes;             // [3, T, K]: rank, row, slot; see DispatchHandle
+    int32_t* by_node;            // [3, T, N], see cross.h
+    const int32_t* node_starts;  // [N] first place of the tokens for a node, or null: all 0
 };
 
 struct NotifyArgs {
@@ -168,6 +186,13 @@ struct NotifyArgs {
     int32_t* key_starts;
     int64_t capacity;  // rows of every rank in a dispatch that no host waits for
     int32_t* numbers;  // of such a dispatch, see NumberIndex
+    // Of such a dispatch between nodes, else null: where tokens cross. Its ranks' nodes, their
+    // numbers there, and how many are there.
+    CrossPlan* piles;
+    int32_t node_of[kMaxRanks];
+    int32_t index_of[kMaxRanks];
+    int32_t size_of[kMaxRanks];
+    const CallState* gate;  // or null: of a meeting of more ranks; these agree only if those do
     CallState* state;
     const Slabs* slabs;
     Report* report;
@@ -216,6 +241,7 @@ struct DispatchArgs {
     int64_t route_plane;    // int32 from a route's rank to its row, and on to its slot: T * K, if x
                             // are all tokens of the routes
     const int32_t* valid;   // [L] rows of each local expert before padding; expand only
+    const CrossPile* pile;  // or null: which of the tokens
     int64_t num_tokens;
     int64_t alignment;
     int32_t num_topk;
@@ -298,6 +324,7 @@ struct CombineArgs {
     const CallState* state;  // or null: addresses are those below, and all ranks agree
     const int32_t* routes;   // [3, T, K]
     int64_t route_plane;     // as in DispatchArgs
+    const CrossPile* pile;   // likewise
     int64_t num_tokens;
     int32_t num_topk;
     int32_t row_bytes;

@@ -220,4 +220,14 @@ __device__ __forceinline__ void store_scale(char* scales,
         store_4(scales + block * 4, scale);
 }
 
+/// Which of the tokens of an array a launch is about.
+struct Tokens {
+    int64_t begin, end;
+};
+
+__device__ __forceinline__ Tokens tokens_of(const CrossPile* pile, int64_t num_tokens) {
+    if (pile == nullptr) return {0, num_tokens};
+    return {pile->start, int64_t{pile->start} + pile->count};
+}
+
 }  // namespace ep::cuda

@@ -144,6 +144,9 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
         const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
         for (int64_t i = thread; i < num_routes; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
             args.routes[i] = -1;
+        const int64_t num_nodes = 3 * args.num_tokens * args.num_nodes;
+        for (int64_t i = thread; i < num_nodes; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+            args.by_node[i] = -1;
         return;
     }
     const int num_row_keys = args.expand ? args.num_experts : args.num_ranks;
@@ -162,7 +165,8 @@ extern "C" __global__ void __launch_bounds__(kScanWarps* kWarpSize)
         if (key < num_row_keys)
             row = args.key_starts[key] + before[key + (args.expand ? 0 : args.num_experts)];
         else
-            row = before[args.num_experts + args.num_ranks + key - num_row_keys];
+            row = before[args.num_experts + args.num_ranks + key - num_row_keys] +
+                  (args.node_starts == nullptr ? 0 : args.node_starts[key - num_row_keys]);
         for (int w = 0; w < kScanWarps; ++w) {
             const int32_t count = next_rows[w * num_keys + key];
             next_rows[w * num_keys + key] = row;

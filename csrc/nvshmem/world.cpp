@@ -8,13 +8,15 @@
 #include <iterator>
 
 #include "core/errors.h"
+#include "cuda/cross.h"
 #include "cuda/packed_protocol.h"
 
-// The host's stubs of the kernels in send.cu and post.cu, which nvcc makes.
+// The host's stubs of the kernels in send.cu, post.cu and cross_put.cu, which nvcc makes.
 namespace ep::cuda {
 extern "C" void ep_packed_send_kernel(const PackedArgs);
 extern "C" void ep_packed_tell_kernel(const PackedArgs);
 extern "C" void ep_notify_send_kernel(const NotifyArgs);
+extern "C" void ep_cross_put_kernel(const CrossPutArgs);
 }  // namespace ep::cuda
 
 namespace ep::nvshmem {
@@ -33,6 +35,8 @@ const Kernel kKernels[] = {
      sizeof(cuda::PackedArgs)},
     {"ep_notify_send_kernel", reinterpret_cast<const void*>(cuda::ep_notify_send_kernel),
      sizeof(cuda::NotifyArgs)},
+    {"ep_cross_put_kernel", reinterpret_cast<const void*>(cuda::ep_cross_put_kernel),
+     sizeof(cuda::CrossPutArgs)},
 };
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == kUniqueIdBytes);

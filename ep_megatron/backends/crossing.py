@@ -185,6 +185,9 @@ class Crossing:
         meeting: of all ranks, for what is rare: growing.
         timeout: seconds to wait for rows of other nodes.
         chunk_bytes: of rows that cross in one put, at the least; there are at most `MAX_CHUNKS`.
+
+    Attributes:
+        error: address of what `check` reads, an `ArriveError`.
     """
 
     def __init__(
@@ -200,6 +203,7 @@ class Crossing:
         self._device, self._timeout, self._chunk_bytes = device, timeout, chunk_bytes
         self._signals = network.allocate(_NUM_PUTS * _SIGNAL_BYTES * self._num_ranks)
         self._error = device.allocate_host(_cuda.ARRIVE_ERROR_BYTES)
+        self.error = self._error.device_address
         self._epoch, self._room_bytes, self._outbox, self._inbox = 0, 0, 0, 0
 
     def begin(self, operation: str, record: Record, traffic: Traffic) -> Exchange:
@@ -238,7 +242,7 @@ class Crossing:
             num_ranks=self._num_ranks,
             epoch=epoch & _EPOCH_MASK or 1,
             timeout_ns=int(self._timeout * 1e9),
-            error=self._error.device_address,
+            error=self.error,
         )
         self._device.launch(_cuda.plan_cross_wait(args))
 

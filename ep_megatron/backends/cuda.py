@@ -62,7 +62,7 @@ class CudaBackend:
         self._arena = DeviceArena(device, meeting, max_bytes)
         slabs = self._arena.table.device_address
         self._meeting = DeviceMeeting(device, meeting, config.timeout, self._num_sms, slabs)
-        self._within = CallsWithin(device, self._meeting, self._arena, self._num_sms)
+        self.within = CallsWithin(device, self._meeting, self._arena, self._num_sms)
         initial_bytes = min(max(config.initial_bytes, MIB), max_bytes)
         _, block = self._arena.grow("Buffer", initial_bytes)
         self._arena.free(block)
@@ -175,13 +175,13 @@ class CudaBackend:
     def dispatch_within(self, rows: Rows, routing: Routing) -> tuple[Rows, DeviceHandle]:
         """See `SyncFreeBackend.dispatch_within`."""
         rows, routing = rows.contiguous(), routing.contiguous()
-        return self._within.dispatch(self._begin("dispatch", rows, routing), rows, routing)
+        return self.within.dispatch(self._begin("dispatch", rows, routing), rows, routing)
 
     def dispatch_again_within(self, rows: Rows, handle: DeviceHandle) -> Rows:
         """See `SyncFreeBackend.dispatch_again_within`."""
         rows = rows.contiguous()
         call = self._begin("cached dispatch", rows, handle)
-        return self._within.dispatch_again(call, rows, handle)
+        return self.within.dispatch_again(call, rows, handle)
 
     def combine_within(
         self,
@@ -193,8 +193,12 @@ class CudaBackend:
         """See `SyncFreeBackend.combine_within`."""
         rows = rows.contiguous()
         self._begin("combine", rows, handle)
-        reduces = self._reduces_all or rows.x.dtype in _EXACT_DTYPES
-        self._within.combine(rows, handle, biases, combined, reduces=reduces)
+        reduces = self.reduces_within(rows.x.dtype)
+        self.within.combine(rows, handle, biases, combined, reduces=reduces)
+
+    def reduces_within(self, dtype: torch.dtype) -> bool:
+        """Return whether such a combine sums a token's rows of `dtype` where they are first."""
+        return self._reduces_all or dtype in _EXACT_DTYPES
 
     # -- what else a backend does -----------------------------------------------------------------
 
@@ -347,7 +351,7 @@ class CudaBackend:
         """
         call = Call.of(operation, rows, by)
         try:
-            self._within.raise_failure()
+            self.within.raise_failure()
             if error := limit_error(call):
                 raise ValueError(f"{operation}: {error}")
         except ValueError as error:

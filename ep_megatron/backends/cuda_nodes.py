@@ -23,6 +23,7 @@ from ep_megatron import _cuda
 from ep_megatron.backends.base import Announce, Call, NoRoomError, Received, Routing, Rows
 from ep_megatron.backends.casting import as_asked, copy_rows
 from ep_megatron.backends.crossing import Crossing, Traffic
+from ep_megatron.backends.crossing_within import CrossingWithin
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.device import Device, Memory
 from ep_megatron.backends.device_meeting import DeviceMeeting
@@ -31,8 +32,9 @@ from ep_megatron.backends.meeting import Meeting, check_working
 from ep_megatron.backends.network import Network
 from ep_megatron.backends.node_ends import Ends, Fresh, Place
 from ep_megatron.backends.node_rows import Returning, Sending
+from ep_megatron.backends.nodes_within import NodesWithin
 from ep_megatron.config import BufferConfig
-from ep_megatron.handle import AnyHandle, DispatchHandle, NodeHop
+from ep_megatron.handle import AnyHandle, DeviceHandle, DispatchHandle, NodeHop
 from ep_megatron.hosts import Hosts
 
 
@@ -86,16 +88,16 @@ class CudaNodesBackend:
         self._place = Place(device, self.nodes, self.rank, min(config.num_sms, device.num_sms))
         self._is_wire_exact = config.float32_between_hosts
         self._crossing = Crossing(
-            device,
-            network,
-            meeting,
-            config.timeout,
-            config.chunk_bytes_between_hosts,
+            device, network, meeting, config.timeout, config.chunk_bytes_between_hosts
         )
         near = self.nodes.members[self.nodes.host_of[self.rank]]
         self._everyone = DeviceMeeting(
             device, meeting, config.timeout, self._place.num_sms, 0, far=(network, near)
         )
+        crossing = CrossingWithin(
+            device, network, meeting, config.timeout, self._crossing.error, self._everyone.state
+        )
+        self._within = NodesWithin(self._place, self._everyone, inside.within, crossing)
         self._broken = ""
 
     # -- the three operations ---------------------------------------------------------------------
@@ -186,6 +188,40 @@ class CudaNodesBackend:
             return out, out_weights
         narrow = out.to(dtype) if into[0] is None else into[0].copy_(out)
         return narrow, out_weights
+
+    # -- the same without a host that waits -------------------------------------------------------
+
+    def dispatch_within(self, rows: Rows, routing: Routing) -> tuple[Rows, DeviceHandle]:
+        """See `SyncFreeBackend.dispatch_within`."""
+        rows, routing = rows.contiguous(), routing.contiguous()
+        return self._within.dispatch(self._begin("dispatch", rows, routing), rows, routing)
+
+    def dispatch_again_within(self, rows: Rows, handle: DeviceHandle) -> Rows:
+        """See `SyncFreeBackend.dispatch_again_within`."""
+        rows = rows.contiguous()
+        call = self._begin("cached dispatch", rows, handle)
+        return self._within.dispatch_again(call, rows, handle)
+
+    def combine_within(
+        self,
+        rows: Rows,
+        handle: DeviceHandle,
+        biases: Sequence[Tensor],
+        combined: tuple[Tensor, Tensor | None],
+    ) -> None:
+        """See `SyncFreeBackend.combine_within`; the sums are those of `combine`."""
+        rows, biases = rows.contiguous(), [bias.contiguous() for bias in biases]
+        self._begin("combine", rows, handle)
+        dtype, into = rows.x.dtype, combined
+        if self._is_wire_exact and dtype in (torch.bfloat16, torch.float16):
+            rows, biases = replace(rows, x=rows.x.float()), [bias.float() for bias in biases]
+            into = combined[0].new_empty(combined[0].shape, dtype=torch.float32), combined[1]
+        reduces = self._inside.reduces_within(dtype)
+        self._within.combine(rows, handle, biases, into, reduces=reduces)
+        if into is not combined:
+            combined[0].copy_(into[0])
+
+    # -- what else a backend does -----------------------------------------------------------------
 
     def fail(self, operation: str, error: str) -> None:
         """See `Backend.fail`."""
@@ -287,19 +323,29 @@ class CudaNodesBackend:
 
     # -- the whole group --------------------------------------------------------------------------
 
-    def _begin(self, operation: str, rows: Rows, by: Routing | DispatchHandle) -> Call:
-        """Describe a call, or raise why it cannot be; the other ranks hear of it."""
+    def _begin(
+        self, operation: str, rows: Rows, by: Routing | DispatchHandle | DeviceHandle
+    ) -> Call:
+        """Describe a call, or raise why it cannot be; the other ranks in it hear of it."""
         self._check(operation)
         call = Call.of(operation, rows, by)
-        error = limit_error(call)
-        if isinstance(by, DispatchHandle) and not isinstance(by.hop, NodeHop):
-            error = (
-                "expected the handle to be one of this backend, got one of another; use that of a "
-                "dispatch of this Buffer"
-            )
-        if error:
-            self.fail(operation, error)
-            raise ValueError(f"{operation}: {error}")
+        is_foreign = (isinstance(by, DispatchHandle) and not isinstance(by.hop, NodeHop)) or (
+            isinstance(by, DeviceHandle) and by.hop is None
+        )
+        try:
+            self._within.raise_failure()
+            error = limit_error(call)
+            if is_foreign:
+                error = (
+                    "expected the handle to be one of this backend, got one of another; use that "
+                    "of a dispatch of this Buffer"
+                )
+            if error:
+                raise ValueError(f"{operation}: {error}")
+        except ValueError as error:
+            if not self._device.is_capturing():
+                self.fail(operation, str(error).removeprefix(f"{operation}: "))
+            raise
         return call
 
     def _begin_again(self, operation: str, rows: Rows, handle: DispatchHandle) -> NodeHop:
@@ -347,3 +393,4 @@ class CudaNodesBackend:
     def _check(self, operation: str) -> None:
         check_working(operation, self._broken)
         self._crossing.check(operation)
+        self._within.check(operation)

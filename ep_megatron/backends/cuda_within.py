@@ -7,7 +7,7 @@ made again by a graph, and its tensors are torch's own. A call that needs a larg
 the host first, on all ranks alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,11 +55,11 @@ class CallsWithin:
         assert send.topk_idx is not None
         scan = meeting.scan(send.topk_idx.address, call, len(topk_idx), routes.address)
         capacity = routing.num_worst_tokens
-        self._make_room("dispatch", call, send.layout.starts(capacity)[-1])
+        self.make_room("dispatch", call, send.layout.starts(capacity)[-1])
         with device.on_stream():
             meeting.post("dispatch", call, self._block, scan=scan, numbers=numbers.address)
-            arrived = self._move(send, capacity, numbers.address)
-        received, links = self._received(send, arrived)
+            arrived = self._move(send, capacity, numbers.address, self._whole(send))
+        received, links = self.received(send, arrived)
         plan = DevicePlan(
             plan_id=meeting.ticket,
             expert_alignment=routing.expert_alignment,
@@ -83,11 +83,30 @@ class CallsWithin:
         device, capacity = self._device, handle.num_worst_tokens
         routes, numbers = device.input(handle.routes), device.input(handle.numbers)
         send = Send.of(device, call, rows, handle, routes)
-        self._make_room("cached dispatch", call, send.layout.starts(capacity)[-1])
+        self.make_room("cached dispatch", call, send.layout.starts(capacity)[-1])
         with device.on_stream():
-            self._meeting.post("cached dispatch", call, self._block)
-            arrived = self._move(send, capacity, numbers.address)
-        return self._received(send, arrived)[0]
+            arrived = self.dispatch_parts(send, capacity, numbers.address, self._whole(send))
+        return self.received(send, arrived)[0]
+
+    def dispatch_parts(
+        self,
+        send: Send,
+        capacity: int,
+        numbers: int,
+        move: Callable[[_cuda.DispatchArgs], None],
+        gate: int = 0,
+    ) -> list[Memory | None]:
+        """Launch a dispatch along known routes, inside `on_stream`; return what `received` takes.
+
+        Args:
+            send: what arrives, and what this rank sends itself.
+            capacity: rows that there is room for.
+            numbers: address of those of the handle.
+            move: launches what moves rows, given what one launch would send this rank's by.
+            gate: see `DeviceMeeting.post`.
+        """
+        self._meeting.post(send.operation, send.call, self._block, gate=gate)
+        return self._move(send, capacity, numbers, move)
 
     def combine(
         self,
@@ -102,37 +121,39 @@ class CallsWithin:
         device = self._device
         numbers = device.input(handle.numbers)
         added = Sum.of(device, rows, handle, biases, combined, reduces=reduces)
-        weights_at = align(added.x.num_bytes, 64)
-        weight_bytes = 0 if added.weights is None else added.weights.num_bytes
-        self._make_room("combine", added.call, weights_at + weight_bytes)
+        self.make_room("combine", added.call, bytes_of(added))
         with device.on_stream():
-            start = self._arena.address(self._meeting.rank, self._block.place)
-            there = numbers.address + _ROWS_AT
-            stage(device, added.x, added.weights, start, added.links, self._num_sms, there)
-            offer = Block(self._block.place, int(added.links is not None))
-            weights_place = self._block.place + weights_at if weight_bytes else NO_PLACE
-            self._meeting.post("combine", added.call, offer, weights_place=weights_place)
-            device.launch(added.plan(self._meeting.state, self._num_sms))
-            self._meeting.arrive(waits=True)  # then the block is free for the next call
+            self.combine_parts(
+                added,
+                numbers.address,
+                lambda state: device.launch(added.plan(state, self._num_sms)),
+            )
         added.tensors(device)
+
+    def combine_parts(
+        self, added: Sum, numbers: int, move: Callable[[int], None], gate: int = 0
+    ) -> None:
+        """Launch a combine, inside `on_stream`; see `dispatch_parts`.
+
+        `move` launches what reads and sums, given the address of what says where all rows are.
+        """
+        device, block = self._device, self._block
+        start = self._arena.address(self._meeting.rank, block.place)
+        there = numbers + _ROWS_AT
+        stage(device, added.x, added.weights, start, added.links, self._num_sms, there)
+        offer = Block(block.place, int(added.links is not None))
+        weights_place = block.place + _weights_at(added) if added.weights else NO_PLACE
+        self._meeting.post("combine", added.call, offer, weights_place=weights_place, gate=gate)
+        move(self._meeting.state)
+        self._meeting.arrive(waits=True)  # then the block is free for the next call
 
     def raise_failure(self) -> None:
         """Raise, once, what the first call that failed since the last look failed in. Local."""
         report = self._meeting.take_failure()
-        if report is None:
-            return
-        call = Call(*report.words[self._meeting.rank].call[:NUM_CALL_FIELDS])
-        if report.status == _cuda.TOO_MANY_ROWS:
-            num_rows = Sizes.of(report, call, self._meeting.rank).num_rows
-            raise too_many_rows(call.num_worst_tokens, num_rows)
-        operation = OPERATIONS[call.operation]
-        self._meeting.agree(operation, report)
-        raise RuntimeError(
-            f"{operation}: expected all ranks to make the same calls before, got one without room; "
-            "make calls in the same order on all ranks"
-        )
+        if report is not None:
+            raise failure_of(self._meeting, report)
 
-    def _make_room(self, operation: str, call: Call, num_bytes: int) -> None:
+    def make_room(self, operation: str, call: Call, num_bytes: int) -> None:
         """Let the block have `num_bytes`. Collective where it is smaller, which is so on all ranks.
 
         Raises:
@@ -154,14 +175,24 @@ class CallsWithin:
             self._block, self._is_in_a_graph = larger or grown, False
         self._is_in_a_graph = self._is_in_a_graph or self._device.is_capturing()
 
-    def _move(self, send: Send, capacity: int, numbers: int) -> list[Memory | None]:
+    def _whole(self, send: Send) -> Callable[[_cuda.DispatchArgs], None]:
+        """Return what moves all rows by one launch."""
+        return lambda args: self._device.launch(send.launch(args, self._num_sms))
+
+    def _move(
+        self,
+        send: Send,
+        capacity: int,
+        numbers: int,
+        move: Callable[[_cuda.DispatchArgs], None],
+    ) -> list[Memory | None]:
         """Send rows to the blocks and take what comes; return its parts in the layout's order."""
         device, meeting, layout, call = self._device, self._meeting, send.layout, send.call
         starts, num_ranks = layout.starts(capacity), meeting.num_ranks
         valid = numbers + _WORD_BYTES * (_cuda.EXPERT_NUMBERS + call.num_experts // num_ranks)
         ranks = meeting.rank, num_ranks
         state = meeting.state
-        device.launch(send.plan([starts] * num_ranks, valid, ranks, self._num_sms, state))
+        move(send.args([starts] * num_ranks, valid, ranks, state))
         meeting.arrive(waits=True)
         parts = layout.x, layout.scales, layout.weights, layout.idx, layout.links
         outs = [
@@ -193,13 +224,38 @@ class CallsWithin:
         device.launch(_cuda.plan_take(args, self._num_sms))
         return outs
 
-    def _received(self, send: Send, outs: list[Memory | None]) -> tuple[Rows, Tensor | None]:
+    def received(self, send: Send, outs: list[Memory | None]) -> tuple[Rows, Tensor | None]:
         """Return what came as tensors, after `on_stream`, and the links between rows."""
         x, scales, weights, idx, links = (
             None if out is None else self._device.tensor(out) for out in outs
         )
         assert x is not None
         return as_asked(Rows(x, scales, weights, idx), send.rows), links
+
+
+def failure_of(meeting: DeviceMeeting, report: _cuda.Report) -> Exception:
+    """Return what all ranks raise of a call that failed while no host was waiting."""
+    call = Call(*report.words[meeting.rank].call[:NUM_CALL_FIELDS])
+    operation = OPERATIONS[call.operation]
+    if report.status == _cuda.TOO_MANY_ROWS:
+        return too_many_rows(call.num_worst_tokens, Sizes.of(report, call, meeting.rank).num_rows)
+    try:
+        meeting.agree(operation, report)
+    except ValueError as error:
+        return error
+    return RuntimeError(
+        f"{operation}: expected all ranks to make the same calls before, got one without room; "
+        "make calls in the same order on all ranks"
+    )
+
+
+def bytes_of(added: Sum) -> int:
+    """Return the bytes that the rows and weights of a combine take."""
+    return _weights_at(added) + (0 if added.weights is None else added.weights.num_bytes)
+
+
+def _weights_at(added: Sum) -> int:
+    return align(added.x.num_bytes, 64)
 
 
 def _row_bytes(part: Part | None) -> int:

@@ -14,6 +14,7 @@ from ep_megatron.backends.device_arena import NO_BLOCK, NO_PLACE, Block
 from ep_megatron.backends.meeting import Meeting, check_working
 from ep_megatron.backends.network import Network
 from ep_megatron.backends.reach import Reach
+from ep_megatron.hosts import Hosts
 
 _HOST_GRACE = 5.0  # seconds the host gives its GPU beyond the deadline that the kernels keep
 # Deadlines, one after the other, that kernels before may keep where some ranks are far.
@@ -148,6 +149,8 @@ class DeviceMeeting:
         weights_place: int = NO_PLACE,
         scan: _cuda.ScanArgs | None = None,
         numbers: int = 0,
+        piles: tuple[int, Hosts] | None = None,
+        gate: int = 0,
     ) -> None:
         """Post this rank's word on a call in which no host waits. Collective.
 
@@ -160,13 +163,21 @@ class DeviceMeeting:
             weights_place: where weights are, in a combine.
             scan: of a fresh dispatch.
             numbers: of a fresh dispatch: address of what `CapacityHandle.numbers` will be.
+            piles: of a fresh dispatch between nodes: address of what `DeviceHop.piles` will be, and
+                the nodes.
+            gate: `state` of a meeting of more ranks, before on the stream: these agree only if
+                those do.
 
         Raises:
             RuntimeError: if ranks did not come in time in an earlier call.
         """
         args = self._begin(operation)
         args.report = self._failure.device_address
-        args.capacity, args.numbers = call.num_worst_tokens, numbers
+        args.capacity, args.numbers, args.gate = call.num_worst_tokens, numbers, gate
+        if piles is not None:
+            args.piles, nodes = piles
+            args.node_of, args.index_of = list(nodes.host_of), list(nodes.index_of)
+            args.size_of = [len(nodes.members[node]) for node in nodes.host_of]
         args.set_head(
             call=list(call),
             kind=_cuda.TAKES_PART,
@@ -177,17 +188,18 @@ class DeviceMeeting:
         )
         self._launch(args, call, scan)
 
-    def take_failure(self) -> _cuda.Report | None:
+    def take_failure(self, num_nodes: int = 0) -> _cuda.Report | None:
         """Return, once, what ranks said in the first call without a waiting host that failed.
 
-        None if there is none as far as is known. Local.
+        None if there is none as far as is known. Local. `num_nodes`: that tokens are counted by.
 
         Raises:
             RuntimeError: if ranks did not come in time.
         """
         if not int.from_bytes(self._failure.read()[:4], "little"):
             return None
-        report = _cuda.read_report(self._failure.read(), self.num_ranks, _cuda.MAX_EXPERTS)
+        data = self._failure.read()
+        report = _cuda.read_report(data, self.num_ranks, _cuda.MAX_EXPERTS, num_nodes)
         self._failure.write(bytes(4))
         if report.status == _cuda.TIMED_OUT:
             self._broken = self._broken or "ranks did not come in an earlier call"

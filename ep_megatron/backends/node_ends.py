@@ -40,6 +40,10 @@ class Place:
         addresses[self.node] = own
         return addresses
 
+    def own_and_far(self, own: int, far: int) -> list[int]:
+        """Return a number per node: `own` of this one, `far` of all others."""
+        return [own if node == self.node else far for node in range(self.nodes.num_hosts)]
+
 
 @dataclass(frozen=True)
 class Ends:

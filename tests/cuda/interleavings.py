@@ -8,7 +8,7 @@ reported.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.cuda.calls import RECIPES as DRAWN_RECIPES
 from tests.cuda.emulated import NUM_SMS, Ranks
 from tests.cuda.nic import Nodes
 from tests.cuda.seeds import has_failed
+from tests.cuda.within import check_within
 from tests.routing import Case
 from tests.test_cuda_backend import check_case, check_fp8, check_reduced
 from tests.test_cuda_low_latency import two_zero_copies
@@ -126,6 +127,20 @@ def _nodes(layout: str) -> Calls:
     return Calls(f"between nodes: {layout}", num_ranks, partial(Nodes, layout), run)
 
 
+def _nodes_within(layout: str) -> Calls:
+    num_ranks = len(layout)
+    case = Case("nodes", CAST[:num_ranks], num_topk=4, experts_per_rank=2, hidden=24, alignment=4)
+    cast = replace(case, hidden=256)
+
+    def run(nodes: Nodes, seed: int) -> None:
+        nodes.run(check_within, case, FLOATS[seed % 3], bool(seed % 2))
+        recipe = DRAWN_RECIPES[seed % len(DRAWN_RECIPES)]
+        nodes.run(check_within, cast, torch.bfloat16, not seed % 2, recipe)
+
+    name = f"between nodes, no host waits: {layout}"
+    return Calls(name, num_ranks, partial(Nodes, layout), run)
+
+
 def all_calls() -> Iterator[Calls]:
     """Yield the calls, those of few ranks first."""
     for num_ranks in ALL_RANKS:
@@ -134,7 +149,8 @@ def all_calls() -> Iterator[Calls]:
         yield from map(_operations, cases)
         for verbs in (_casts, _drawn, _reduced, _low_latency):
             yield verbs(num_ranks)
-        yield from (_nodes(layout) for layout in LAYOUTS if len(layout) == num_ranks)
+        for layout in (layout for layout in LAYOUTS if len(layout) == num_ranks):
+            yield from (_nodes(layout), _nodes_within(layout))
 
 
 def main() -> None:

@@ -108,6 +108,11 @@ def post_ptx() -> list[str]:
     return _ptx_with("ep_notify_")
 
 
+def cross_ptx() -> list[str]:
+    """Return the PTX of `_nvshmem` with what puts rows in calls that no host waits for."""
+    return _ptx_with("ep_cross_put")
+
+
 @dataclass(frozen=True)
 class _Launch:
     """See `Launch`."""
@@ -291,7 +296,7 @@ class Nodes(Ranks):
     ) -> None:
         num_ranks = self.num_ranks = len(layout)
         self.machine = Machine(num_ranks, seed=seed, mode=mode)
-        for ptx in (HOST_PTX, _CARD, *(kernels or shipped_ptx()), *post_ptx()):
+        for ptx in (HOST_PTX, _CARD, *(kernels or shipped_ptx()), *post_ptx(), *cross_ptx()):
             self.machine.load(ptx)
         hosts = Hosts.from_ids(layout)
         self.fabric = Fabric(hosts)

@@ -24,7 +24,7 @@ _ACCESS = re.compile(r"\b(ld|st)((?:\.[a-z]+)*?)\.(global|shared|local)((?:\.v\d
 
 def sources() -> list[Path]:
     """Return the sources of our kernels; what calls into NVSHMEM is linked later."""
-    far = [ROOT / "csrc" / "nvshmem" / name for name in ("post.cu", "send.cu")]
+    far = [ROOT / "csrc" / "nvshmem" / name for name in ("cross_put.cu", "post.cu", "send.cu")]
     return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *far]
 
 

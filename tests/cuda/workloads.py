@@ -16,11 +16,13 @@ from ep_megatron import _cuda
 from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.backends.crossing import Record, Traffic
 from ep_megatron.backends.cuda import CudaBackend
+from ep_megatron.backends.cuda_nodes import CudaNodesBackend
 from ep_megatron.config import BufferConfig
 from tests.cuda.emulated import Ranks, shipped_ptx
 from tests.cuda.nic import Nodes
 from tests.cuda.packed_workloads import PACKED, Reports, Workload
-from tests.cuda.within import LATE, check_failures, check_within
+from tests.cuda.within import LATE, check_failures, check_within, routing_within
+from tests.emulator.machine import Fault
 from tests.routing import Case
 from tests.test_cuda_nodes import CASES, check, lossy
 
@@ -157,11 +159,58 @@ def not_crossing(kernels: list[str], seed: int, mode: str) -> Reports:
     return reports
 
 
+def crossing_within(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Calls of two nodes in which no host waits, and such that fail on the device."""
+    nodes = Nodes("AAB", seed, mode, kernels=kernels)
+    for expand in (True, False):
+        nodes.run(check_within, CASE, torch.float32, expand)
+    nodes.run(check_failures, LATE)
+    reports: Reports = nodes.machine.report()
+    return reports
+
+
+def not_crossing_within(kernels: list[str], seed: int, mode: str) -> Reports:
+    """Rows of such a call that do not come: the host learns whose."""
+    nodes = Nodes("AB", seed, mode, timeout=0.05, kernels=without_trap(kernels))
+    lose_within(nodes, 0)
+    nodes.run(check_lost_within, CASES[2])
+    reports: Reports = nodes.machine.report()
+    return reports
+
+
+def lose_within(nodes: Nodes, rank: int) -> None:
+    """Let nothing come that a rank puts in a call that no host waits for, but its posts."""
+    backend: Any = nodes.backends[rank]
+    crossing, put = backend._within._crossing, nodes.machine._functions["ep_put_signal"]
+    end = crossing._signals + 8 * _cuda.NUM_CROSS_PARTS * crossing.num_ranks
+
+    def lose(source: int, lane: int, arguments: tuple[int, ...]) -> None:
+        if source != rank or not crossing._signals <= arguments[3] < end:
+            put(source, lane, arguments)
+
+    nodes.machine.on_call("ep_put_signal", lose)
+
+
+def check_lost_within(backend: Backend, _reference: Backend, case: Case) -> str:
+    """Nobody waits on the host for what rank 0 sends; the next call says that it did not come."""
+    assert isinstance(backend, CudaNodesBackend)
+    rank, x = backend.rank, Rows(case.x(backend.rank, torch.float32))
+    try:
+        _, handle = backend.dispatch_within(x, routing_within(case, rank, False, 20))
+        handle.numbers.tolist()
+        if rank == 1:
+            backend.dispatch_within(x, routing_within(case, rank, False, 20))
+    except (Fault, RuntimeError) as error:  # a trap stops the machine, and all of its ranks
+        return str(error)
+    return ""
+
+
 WORKLOADS: dict[str, list[Workload]] = {
     "ep_count_kernel": [arriving],
     "ep_route_kernel": [arriving, crossing],
-    "ep_notify_kernel": [arriving, crossing, within, not_arriving],
+    "ep_notify_kernel": [arriving, crossing, within, not_arriving, crossing_within],
     "ep_arrive_kernel": [arriving, not_arriving],
     "ep_packed_": PACKED,
     "ep_cross_wait_kernel": [crossing, not_crossing],
+    "ep_cross_await_kernel": [crossing_within, not_crossing_within],
 }
