@@ -17,6 +17,7 @@ from ep_megatron.backends.base import Backend, Routing, Rows
 from ep_megatron.backends.crossing import Record, Traffic
 from ep_megatron.backends.cuda import CudaBackend
 from ep_megatron.backends.cuda_nodes import CudaNodesBackend
+from ep_megatron.backends.device import Launch
 from ep_megatron.config import BufferConfig
 from tests.cuda.emulated import Ranks, shipped_ptx
 from tests.cuda.nic import Nodes
@@ -173,7 +174,18 @@ def not_crossing_within(kernels: list[str], seed: int, mode: str) -> Reports:
     """Rows of such a call that do not come: the host learns whose."""
     nodes = Nodes("AB", seed, mode, timeout=0.05, kernels=without_trap(kernels))
     lose_within(nodes, 0)
-    nodes.run(check_lost_within, CASES[2])
+    backend: Any = nodes.backends[1]
+    device, launch = nodes.devices[1], nodes.devices[1].launch
+
+    def look_behind(launched: Launch) -> None:  # this host learns of it by the kernel's word alone
+        launch(launched)
+        if launched.kernel == "ep_cross_await_kernel":
+            device.wait_for_word(backend._crossing._error, backend._everyone.ticket, 0)
+            backend._crossing.check("dispatch")
+
+    device.launch = look_behind  # type: ignore[assignment]
+    errors = nodes.run(check_lost_within, CASES[2])
+    assert "got nothing from rank 0;" in errors[1]
     reports: Reports = nodes.machine.report()
     return reports
 
