@@ -160,3 +160,43 @@ def test_rows_that_do_not_come_end_the_kernels_that_would_read_them(stops: bool)
     lose_within(nodes, 0)
     errors = nodes.run(check_lost_within, CASES[2])
     assert ("trap" if stops else "got nothing from rank 0;") in errors[1]
+
+
+def check_refused(backend: Any, _reference: Backend, case: Case, how: str) -> list[str]:
+    """Rank 0 refuses a call, or finds no room in which it alone needs more; then others go on."""
+    rank, routing = backend.rank, routing_within(case, backend.rank, False, 40)
+    x = Rows(case.x(rank, torch.float32))
+    backend.dispatch_within(x, routing)
+
+    def call() -> None:
+        if rank == 0 and how == "refuses":
+            backend.fail("dispatch", "something")
+        elif rank == 0:
+            backend.dispatch_within(Rows(case.x(rank, torch.float64)), routing)
+        else:
+            backend.dispatch_within(x, routing)
+
+    first = error_of_any(call)
+    return [first, *(error_of_any(lambda: dispatch_and_check(backend, x, routing)) for _ in "ab")]
+
+
+def dispatch_and_check(backend: Any, x: Rows, routing: Any) -> None:
+    backend.dispatch_within(x, routing)[1].check()
+
+
+def error_of_any(function: Any) -> str:
+    try:
+        function()
+    except Exception as error:  # a trap would be a Fault, and stop the machine
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("how", ["refuses", "has no room"])
+def test_ranks_of_a_node_stay_in_step_with_one_that_refuses(how: str) -> None:
+    """It is in the meeting of all ranks and not in its node's, where the others are already."""
+    nodes = Nodes("AABB", timeout=4.0)
+    for errors in nodes.run(check_refused, LATE, how):
+        assert all(not error or error.startswith("ValueError") for error in errors), errors
+        assert errors[-1] == ""
+    no_report(nodes)

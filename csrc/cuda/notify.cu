@@ -274,6 +274,12 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     __shared__ Post post;
     __shared__ uint32_t scanned[kNotifyThreads];
     const int thread = threadIdx.x;
+    if (args.gate != nullptr && args.gate->is_agreed == 0) {
+        // All ranks here find it closed, also those that refused the call and are not in this
+        // meeting: so it is none, and has no number.
+        if (thread == 0) args.state->is_agreed = 0;
+        return;
+    }
     const uint32_t epoch = next_epoch(args.state->epoch);
     if (args.posts) {
         for (int i = thread; i < static_cast<int>(sizeof(PostHead) / 4); i += kNotifyThreads)
@@ -292,13 +298,11 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     const bool are_all_there = __syncthreads_and(static_cast<int32_t>(seen - epoch) >= 0);
     const Post* posts = args.control[args.rank]->posts[epoch % 2];
     uint32_t status = kTimedOut;
-    bool is_closed = false;  // by those who know why, and have told
     ExpertCount count{0, 0};
     if (are_all_there) {
         status = kDisagreed;
-        is_closed = args.gate != nullptr && args.gate->is_agreed == 0;
-        if (!is_closed && __syncthreads_and(thread >= args.num_ranks ||
-                                            agrees(posts[thread].head, posts[0].head))) {
+        if (__syncthreads_and(thread >= args.num_ranks ||
+                              agrees(posts[thread].head, posts[0].head))) {
             bool fits = true;
             if (args.has_counts) {
                 count = count_slots(args, posts);
@@ -316,8 +320,7 @@ extern "C" __global__ void __launch_bounds__(kNotifyThreads)
     if (args.piles != nullptr && status != kAgreed)
         for (int i = thread; i < static_cast<int>(sizeof(CrossPlan) / 4); i += kNotifyThreads)
             reinterpret_cast<int32_t*>(args.piles)[i] = 0;
-    const bool tells =
-        args.is_awaited || (status != kAgreed && !is_closed && args.report->ticket == 0);
+    const bool tells = args.is_awaited || (status != kAgreed && args.report->ticket == 0);
     if (thread == 0) {
         args.state->epoch = epoch;
         args.state->is_agreed = status == kAgreed;
