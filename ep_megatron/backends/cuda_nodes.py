@@ -393,4 +393,5 @@ class CudaNodesBackend:
     def _check(self, operation: str) -> None:
         check_working(operation, self._broken)
         self._crossing.check(operation)
+        self._inside.check_arrivals(operation)
         self._within.check(operation)
